@@ -1,0 +1,173 @@
+"""Writing a checkpoint as a Hugging Face directory that kvx and transformers both read.
+
+Everything is written to a temporary folder beside the target and renamed at the end: an interrupted or refused save
+leaves nothing.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvx.errors import BadInput
+from kvx.models.checkpoint import Tensors
+from kvx.models.readers.safetensors import SafetensorsWriter
+
+SHARD_BYTES = 5_000_000_000
+_DTYPE_NAMES = ("float32", "float16", "bfloat16")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def write_checkpoint(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors | Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | None,
+    special: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json, the weights, and the tokenizer's files.
+
+    Args:
+        path: the directory to make; it must not exist, or be empty.
+        config: Hugging Face's keys. "rope_factors" (from a GGUF file) becomes the llama3 `rope_scaling` it came from.
+        tensors: arrays by Hugging Face name, taken one at a time.
+        tokenizer: the content of tokenizer.json, or None.
+        special: as in `Checkpoint.special`.
+        shard_bytes: weights above this size are split into files of at most it, with an index.
+
+    Raises:
+        BadInput: a target that is in the way; rotary factors that no Hugging Face setting stands for; a failed write.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise BadInput(f"path is {str(path)!r}, which exists: allowed is a new name or an empty directory")
+    config = _portable(config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise BadInput(f"path is {str(path)!r}, which cannot be written: {error.strerror}") from None
+    try:
+        os.chmod(folder, 0o777 & ~_umask())
+        dtypes = _write_weights(folder, tensors, shard_bytes)
+        if len(dtypes) == 1 and (dtype := dtypes.pop()) in _DTYPE_NAMES:
+            config["torch_dtype"] = dtype
+        _write_json(folder / "config.json", config)
+        if tokenizer is not None:
+            _write_json(folder / "tokenizer.json", tokenizer)
+            _write_json(folder / "tokenizer_config.json", _tokenizer_config(config, special))
+        if ends := special.get("eos_token_ids"):
+            _write_json(folder / "generation_config.json", _generation_config(config, ends))
+        os.replace(folder, path)
+    except OSError as error:
+        raise BadInput(f"path is {str(path)!r}, which cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    # mkdtemp makes a private folder; a saved model should have the rights of any other folder of the user.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(folder: Path, tensors: Tensors | Mapping[str, Any], shard_bytes: int) -> set[str]:
+    """Write the shards and, if there are several, their index; returns the names of the dtypes met."""
+    names = list(tensors)
+    shapes = {name: _shape(tensors, name) for name in names}
+    dtypes: set[str] = set()
+    shards: list[dict[str, int]] = []  # tensor -> bytes
+    while names or not shards:
+        shard: dict[str, int] = {}
+        with open(folder / f"shard-{len(shards)}", "wb") as file:
+            writer = SafetensorsWriter(file, {name: shapes[name] for name in names})
+            while names:
+                array = np.asarray(tensors[names[0]])
+                if shard and writer.nbytes + array.nbytes > shard_bytes:
+                    break
+                dtypes.add(str(array.dtype))
+                shard[names[0]] = array.nbytes
+                writer.write(names.pop(0), array)
+            writer.finish()
+        shards.append(shard)
+    if len(shards) == 1:
+        os.replace(folder / "shard-0", folder / "model.safetensors")
+        return dtypes
+    places = {}
+    for index, shard in enumerate(shards):
+        file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"shard-{index}", folder / file_name)
+        places |= dict.fromkeys(shard, file_name)
+    total = sum(sum(shard.values()) for shard in shards)
+    index_file = folder / "model.safetensors.index.json"
+    _write_json(index_file, {"metadata": {"total_size": total}, "weight_map": places})
+    return dtypes
+
+
+def _shape(tensors: Tensors | Mapping[str, Any], name: str) -> tuple[int, ...]:
+    # A checkpoint's tensors know their shape without being read; arrays carry it.
+    if isinstance(tensors, Mapping):
+        return tuple(tensors[name].shape)
+    return tensors.shape(name)
+
+
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with rotary factors named as transformers names them."""
+    config = dict(config)
+    factors = config.pop("rope_factors", None)
+    if factors is None or config.get("rope_scaling", {}).get("rope_type") == "llama3":
+        return config
+    for original in (8192, 4096, 16384):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": round(max(factors), 4),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }
+        if np.allclose(factors, llama3_factors(scaling, config["rope_theta"], 2 * len(factors)), rtol=1e-4):
+            return config | {"rope_scaling": scaling}
+    raise BadInput("config holds rope_factors that no llama3 rope_scaling gives, so transformers could not read it")
+
+
+def llama3_factors(scaling: Mapping[str, Any], base: float, dim: int) -> list[float]:
+    """What Llama 3.1's rotary scaling divides each frequency by.
+
+    Wavelengths below original / high are kept, those above original / low are slowed by `factor`, and between the two
+    the frequency is interpolated (Llama 3.1 model card and reference code, 2024).
+    """
+    original = scaling["original_max_position_embeddings"]
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    factors = []
+    for pair in range(dim // 2):
+        turns = original / (2 * math.pi * base ** (2 * pair / dim))
+        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+        factors.append(1 / (kept + (1 - kept) / factor))
+    return factors
+
+
+def _tokenizer_config(config: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
+    written = {name: special[name] for name in (*_SPECIAL, "add_bos_token", "chat_template") if name in special}
+    limit = config.get("max_position_embeddings")
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **written,
+        **({"model_max_length": limit} if limit else {}),
+    }
+
+
+def _generation_config(config: Mapping[str, Any], ends: Iterable[int]) -> dict[str, Any]:
+    ids = {name: config[name] for name in ("bos_token_id", "pad_token_id") if name in config}
+    return {**ids, "eos_token_id": list(ends)}
