@@ -5,7 +5,6 @@ leaves nothing.
 """
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ import numpy as np
 from kvx.errors import BadInput
 from kvx.models.checkpoint import Tensors
 from kvx.models.readers.safetensors import SafetensorsWriter
+from kvx.models.rope_frequencies import with_plain_rope_factors
 
 SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = ("float32", "float16", "bfloat16")
@@ -36,18 +36,18 @@ def write_checkpoint(
 
     Args:
         path: the directory to make; it must not exist, or be empty.
-        config: Hugging Face's keys. "rope_factors" (from a GGUF file) becomes the llama3 `rope_scaling` it came from.
+        config: Hugging Face's keys. "rope_factors" (from a GGUF file) is written as the `rope_scaling` it amounts to.
         tensors: arrays by Hugging Face name, taken one at a time.
         tokenizer: the content of tokenizer.json, or None.
         special: as in `Checkpoint.special`.
         shard_bytes: weights above this size are split into files of at most it, with an index.
 
     Raises:
-        BadInput: a target that is in the way; rotary factors that no Hugging Face setting stands for; a failed write.
+        BadInput: a target that is in the way, a dtype that safetensors does not have, a failed write.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BadInput(f"path is {str(path)!r}, which exists: allowed is a new name or an empty directory")
-    config = _portable(config)
+    config = with_plain_rope_factors(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -120,41 +120,6 @@ def _shape(tensors: Tensors | Mapping[str, Any], name: str) -> tuple[int, ...]:
     if isinstance(tensors, Mapping):
         return tuple(tensors[name].shape)
     return tensors.shape(name)
-
-
-def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with rotary factors named as transformers names them."""
-    config = dict(config)
-    factors = config.pop("rope_factors", None)
-    if factors is None or config.get("rope_scaling", {}).get("rope_type") == "llama3":
-        return config
-    for original in (8192, 4096, 16384):
-        scaling = {
-            "rope_type": "llama3",
-            "factor": round(max(factors), 4),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": original,
-        }
-        if np.allclose(factors, llama3_factors(scaling, config["rope_theta"], 2 * len(factors)), rtol=1e-4):
-            return config | {"rope_scaling": scaling}
-    raise BadInput("config holds rope_factors that no llama3 rope_scaling gives, so transformers could not read it")
-
-
-def llama3_factors(scaling: Mapping[str, Any], base: float, dim: int) -> list[float]:
-    """What Llama 3.1's rotary scaling divides each frequency by.
-
-    Wavelengths below original / high are kept, those above original / low are slowed by `factor`, and between the two
-    the frequency is interpolated (Llama 3.1 model card and reference code, 2024).
-    """
-    original = scaling["original_max_position_embeddings"]
-    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
-    factors = []
-    for pair in range(dim // 2):
-        turns = original / (2 * math.pi * base ** (2 * pair / dim))
-        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
-        factors.append(1 / (kept + (1 - kept) / factor))
-    return factors
 
 
 def _tokenizer_config(config: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
