@@ -162,7 +162,7 @@ def _architecture(config: Mapping[str, Any]) -> tuple[str, type[Llama] | type[Ge
         return ARCHITECTURES[names[0]]
     kinds = dict(ARCHITECTURES.values())
     kind = config.get("model_type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise unknown("model_type", str(kind), kinds)
     return kind, kinds[kind]
 

@@ -5,7 +5,7 @@ they are computed once, in float64, and stay fixed, so that a rotated key never 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,9 @@ def rope_frequencies(config: Settings, head_dim: int, base: float, layer_type: s
     Raises:
         BadInput: an unknown rule, a value out of range, or a rule whose frequencies depend on the current length.
     """
-    settings = rope_settings(config, base, layer_type)
+    settings = rope_settings(with_plain_rope_factors(config), base, layer_type)
     kind = settings["rope_type"]
-    if kind in ("dynamic", "longrope"):
+    if kind == "dynamic" or (kind == "longrope" and settings.get("short_factor") != settings.get("long_factor")):
         raise BadInput(
             f"rope_type={kind!r} in config.json is not supported: its frequencies change with the length of the text, "
             f"and keys in a cache would have to be rotated again; known: {', '.join(sorted(RULES))}"
@@ -46,10 +46,11 @@ def rope_frequencies(config: Settings, head_dim: int, base: float, layer_type: s
         raise BadInput(
             f"partial_rotary_factor={settings['partial_rotary_factor']!r} in config.json is not supported: expected 1"
         )
-    theta = positive(settings, "rope_theta") ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    base = positive(settings, "rope_theta")
+    if base <= 1:
+        raise BadInput(f"rope_theta={base} in config.json: expected a number above 1")
+    theta = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     frequencies, magnitude = RULES[kind](theta, settings)
-    if config.get("rope_factors") is not None:
-        frequencies = given_factors(frequencies, config["rope_factors"])
     return frequencies.astype(np.float32), float(magnitude)
 
 
@@ -63,7 +64,7 @@ def rope_settings(config: Settings, base: float, layer_type: str | None = None) 
         raise BadInput(f"rope_scaling={scaling or given!r} in config.json: expected an object with a rope_type")
     settings = {"rope_theta": config.get("rope_theta") or base, "context": integer(config, "max_position_embeddings")}
     settings |= {key: value for source in (given, scaling) for key, value in source.items() if value is not None}
-    settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
+    settings["rope_type"] = str(settings.get("rope_type") or settings.get("type") or "default")
     original = config.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
     settings["original_max_position_embeddings"] = original or settings["context"]
     return settings
@@ -127,12 +128,40 @@ def _yarn_magnitude(factor: float, settings: Settings) -> float:
     return sharpen(1.0)
 
 
-def given_factors(theta: Frequencies, factors: Sequence[float]) -> Frequencies:
-    """theta_i / factors_i: a GGUF file stores what its rule (Llama 3) came to, "rope_freqs.weight", not the rule."""
-    divisors = np.asarray(factors, dtype=np.float64)
+def given_factors(theta: Frequencies, settings: Settings) -> tuple[Frequencies, float]:
+    """theta_i / factors_i: LongRoPE (Ding et al. 2024) with one list for short and long texts, its only static form."""
+    factors = settings.get("short_factor")
+    numbers = isinstance(factors, list) and all(isinstance(factor, int | float) for factor in factors)
+    divisors = np.asarray(factors if numbers else [], dtype=np.float64)
     if divisors.shape != theta.shape or not np.all(np.isfinite(divisors) & (divisors > 0)):
-        raise BadInput(f"rope_factors in config.json: expected {len(theta)} finite numbers above 0")
-    return theta / divisors
+        raise BadInput(f"rotary factors in config.json: expected a list of {len(theta)} finite numbers above 0")
+    if settings.get("attention_factor") is not None:
+        return theta / divisors, positive(settings, "attention_factor")
+    original = integer(settings, "original_max_position_embeddings", low=2)
+    stretch = positive(settings, "factor", integer(settings, "context") / original)
+    return theta / divisors, math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+
+
+def with_plain_rope_factors(config: Settings) -> dict[str, Any]:
+    """The config with a GGUF file's "rope_factors" spelled as Hugging Face can: LongRoPE with equal lists.
+
+    A GGUF file stores what its rule (Llama 3) came to, a divisor for each frequency, not the rule itself.
+    """
+    plain = dict(config)
+    factors = plain.pop("rope_factors", None)
+    if factors is None:
+        return plain
+    if plain.get("rope_scaling"):
+        raise BadInput("config.json has both rope_factors and rope_scaling: expected one of them")
+    plain["rope_scaling"] = {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": integer(config, "max_position_embeddings"),
+    }
+    return plain
 
 
 RULES: dict[str, Callable[[Frequencies, Settings], tuple[Frequencies, float]]] = {
@@ -140,4 +169,5 @@ RULES: dict[str, Callable[[Frequencies, Settings], tuple[Frequencies, float]]] =
     "linear": linear,
     "llama3": llama3,
     "yarn": yarn,
+    "longrope": given_factors,
 }

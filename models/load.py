@@ -1,0 +1,56 @@
+"""Load a model and its tokenizer by name or path, and save them as a Hugging Face directory."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from kvx.models.build import Model, config_from_model, model_from_checkpoint, tensors_from_model
+from kvx.models.readers import read_checkpoint, write_checkpoint
+from kvx.models.tokenizer import Tokenizer
+from kvx.models.zoo import resolve
+
+
+def load(
+    name_or_path: str | PathLike[str], dtype: DTypeLike | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Model, Tokenizer]:
+    """A model and its tokenizer.
+
+    Args:
+        name_or_path: a zoo name ("smollm2-135m-instruct"), a Hugging Face directory, or a .gguf file.
+        dtype: float32, bfloat16 or float16. None: float32 on a CPU, where bfloat16 arithmetic was 4 times slower,
+            bfloat16 on accelerators.
+        mesh: place the parameters on it by `kvx.mesh`'s rules. None: on the default device.
+
+    Raises:
+        BadInput: an unknown name, a file that cannot be read, or a model that kvx does not compute.
+    """
+    checkpoint = read_checkpoint(resolve(name_or_path))
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    model = model_from_checkpoint(checkpoint, dtype)
+    if mesh is not None:
+        from kvx.mesh import place_model
+
+        model = place_model(model, mesh)
+    return model, tokenizer
+
+
+def save(model: Model, tokenizer: Tokenizer | None, path: str | PathLike[str]) -> None:
+    """Write a directory that `load` and transformers read: config.json, safetensors, the tokenizer's files.
+
+    Args:
+        model: its parameters are written in their own dtype, under Hugging Face names.
+        tokenizer: None to leave its files out.
+        path: a new directory, or an empty one.
+
+    Raises:
+        BadInput: a path that is in the way or cannot be written; nothing is left half-written.
+    """
+    specification: Any = None if tokenizer is None else tokenizer.specification
+    special = {} if tokenizer is None else tokenizer.special
+    write_checkpoint(Path(path), config_from_model(model), tensors_from_model(model), specification, special)
