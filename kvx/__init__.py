@@ -1,0 +1,43 @@
+"""kvx: KV-cache compression for JAX. The cache is an explicit pytree, every method a pure transformation of it."""
+
+from kvx import policies
+from kvx.cache import KVCache
+from kvx.errors import BadInput
+from kvx.generate import Generation, decode_step, generate, stream, teacher_forced
+from kvx.policies.registry import policy
+from kvx.policy import Policy, chain
+from kvx.prefill import prefill
+from kvx.sampling import Sampling, sampling
+
+__all__ = [
+    "BadInput",
+    "Generation",
+    "KVCache",
+    "Policy",
+    "Sampling",
+    "chain",
+    "decode_step",
+    "generate",
+    "load",
+    "policies",
+    "policy",
+    "prefill",
+    "sampling",
+    "save",
+    "stream",
+    "teacher_forced",
+]
+
+
+def load(name_or_path, dtype=None, mesh=None):
+    """A pretrained model and its tokenizer; see `kvx.models.load.load`."""
+    from kvx.models.load import load
+
+    return load(name_or_path, dtype=dtype, mesh=mesh)
+
+
+def save(model, tokenizer, path):
+    """Write a directory that `kvx.load` and transformers read; see `kvx.models.load.save`."""
+    from kvx.models.load import save
+
+    return save(model, tokenizer, path)

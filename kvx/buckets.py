@@ -1,0 +1,28 @@
+"""Buckets: the few lengths that prompts and generations are padded to, so that few programs are compiled."""
+
+from collections.abc import Iterator
+from itertools import count
+
+STEP = 128
+
+
+def edges() -> Iterator[int]:
+    """128 x {1, 1.5, 2, 3, 4, 6, 8, 12, ...}."""
+    for power in count():
+        yield STEP << power
+        yield (STEP << power) * 3 // 2
+
+
+def bucket(length: int) -> int:
+    """The smallest bucket that holds `length`; above 128, less than a third of it is padding."""
+    return next(edge for edge in edges() if edge >= length)
+
+
+def shortest(length: int) -> int:
+    """The smallest length that shares `length`'s bucket: a static lower bound that changes no more often than it."""
+    below = 0
+    for edge in edges():
+        if edge >= length:
+            return below + 1
+        below = edge
+    raise AssertionError("edges() does not end")

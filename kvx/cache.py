@@ -1,0 +1,41 @@
+"""The cache: one immutable pytree that a model's whole past is."""
+
+from typing import Any
+
+from jaxtyping import Array, Int
+
+from kvx.policy import Layer
+from kvx.pytree import pytree
+from kvx.stores.base import nbytes
+
+ENDLESS = 2**31 - 1
+"""Room of a cache whose policy keeps it within its budget however long the generation."""
+
+
+@pytree
+class KVCache:
+    """Every layer's store and policy state, each row's next true position, and the room that is left.
+
+    Attributes:
+        entries: one per layer.
+        next: the true position of the next token of each row.
+        room: decode steps for which there are slots; `ENDLESS` under a bounded policy.
+    """
+
+    entries: tuple[Layer, ...]
+    next: Int[Array, "B"]
+    room: Int[Array, ""]
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        """Every layer's store: `.positions()`, `.dense()`, `.stats`."""
+        return tuple(entry.store for entry in self.entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes: the sum of all arrays' `nbytes`: keys, values, codes, scales, positions, statistics, states."""
+        return nbytes(self)
+
+    def bytes_read(self) -> int:
+        """Bytes of the cache that one decode step touches; less than `nbytes` for sparse reads."""
+        return sum(int(store.bytes_read()) for store in self.layers)

@@ -1,0 +1,52 @@
+"""Evidence: what a policy may look at, asked for statically so that attention computes only what somebody reads."""
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Array, Float, Int
+
+from kvx.pytree import pytree
+from kvx.query import Query
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What a policy needs to see in one phase; the union of several is `a | b`.
+
+    Attributes:
+        rows: probabilities of each row's last `rows` queries (at a decode step: of the one new query if >= 1).
+        columns: names of statistics over all queries ("sum", "square", "max"); prefill only.
+        query: the last `rows` queries themselves, and the channel maxima of all.
+    """
+
+    rows: int = 0
+    columns: frozenset[str] = frozenset()
+    query: bool = False
+
+    def __or__(self, other: "Requests") -> "Requests":
+        return Requests(max(self.rows, other.rows), self.columns | other.columns, self.query or other.query)
+
+
+@pytree
+class Evidence:
+    """What attention saw, per query head (a policy reduces over a group by name); arrays nobody asked for are None.
+
+    Slots are those of the tokens at hand: at prefill all tokens that compete, at a decode step the store's `dense()`
+    order.
+
+    Attributes:
+        seen: tokens of each row seen so far, the newest included: the next true position.
+        rows: probabilities of the last queries, newest last; a query before the row's first is all zeros.
+        columns: statistics over the queries since the last decision, by name.
+        query_peak: largest magnitude of each query channel over the prompt, rotated, per KV head.
+    """
+
+    seen: Int[Array, "B"]
+    rows: Float[Array, "B G R W S"] | None = None
+    columns: dict[str, Float[Array, "B G R S"]] = field(default_factory=dict)
+    query: Query | None = None
+    query_peak: Float[Array, "B G D"] | None = None
+
+    def last_rows(self, count: int) -> Float[Array, "B G R W S"]:
+        """The newest `count` rows; more may be there, since policies that share a pass share its evidence."""
+        assert self.rows is not None, "a score read rows that its observe() did not ask for"
+        return self.rows[..., -count:, :]

@@ -1,0 +1,275 @@
+"""Generation: one compiled loop over donated caches, fed first with given tokens, then with sampled ones."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from kvx.buckets import bucket
+from kvx.cache import ENDLESS, KVCache
+from kvx.decoder import Decoder
+from kvx.errors import BadInput
+from kvx.inputs import checked_policy, checked_prompt, traced
+from kvx.loop import decode
+from kvx.parts.amounts import whole
+from kvx.policy import Policy
+from kvx.prefill import prefill
+from kvx.pytree import pytree
+from kvx.sampling import Sampling, next_token
+
+STOPS = 8
+"""Stop tokens are padded to a multiple of this, so that one more of them compiles nothing."""
+
+
+@pytree
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: new tokens of each row, up to and including its stop token; -1 beyond.
+        lengths: how many.
+        cache: the cache after the last token that was fed (the newest token has not been).
+    """
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, "B"]
+    cache: KVCache
+
+
+def decode_step(
+    model: Decoder, token: Int[Array, "B"], cache: KVCache, policy: Policy
+) -> tuple[Float[Array, "B N"], KVCache]:
+    """Feed one token of every row; the given cache is donated and must not be used again.
+
+    Returns:
+        float32 logits after it, and the new cache.
+
+    Raises:
+        BadInput: a token outside the vocabulary, or a cache without room.
+    """
+    if not traced(token, cache.room):
+        token = np.asarray(token)
+        if token.ndim != 1 or not np.issubdtype(token.dtype, np.integer):
+            raise BadInput(f"token has shape {token.shape} and dtype {token.dtype}; allowed: integers (batch,)")
+        if token.min() < 0 or token.max() >= model.vocabulary:
+            raise BadInput(f"token holds {token.tolist()}; allowed: 0 to {model.vocabulary - 1}")
+        _check_room(cache, 1)
+        return _decode_step(model, jnp.asarray(token, jnp.int32), cache, policy)
+    return decode(model, token, cache, policy, jnp.ones(token.shape, bool))
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _decode_step(model: Decoder, token: Int[Array, "B"], cache: KVCache, policy: Policy):
+    return decode(model, token, cache, policy, jnp.ones(token.shape, bool))
+
+
+def generate(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    *,
+    policy: Policy | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[int] = (),
+    seed: int | Sequence[int] = 0,
+    cache: KVCache | None = None,
+    **prefilling: Any,
+) -> Generation:
+    """Continue every prompt of a batch.
+
+    Args:
+        policy: how the cache is compressed; None: not at all.
+        lengths: tokens of each row of `tokens`.
+        max_new_tokens: how many to generate at most.
+        sampling: `kvx.sampling(...)`; greedy by default.
+        stop: tokens that end a row.
+        seed: one seed for all rows (equal prompts then draw equally), or one for each.
+        cache: continue this cache with `tokens` as the next turn; it is donated.
+        prefilling: `prefill_chunk`, `compress`, `cache_dtype` of `kvx.prefill`.
+
+    Raises:
+        BadInput: see `kvx.prefill`.
+    """
+    policy = full_policy() if policy is None else checked_policy(policy)
+    count = whole(max_new_tokens, "max_new_tokens", least=1)
+    stops, keys = _stops(model, stop), _keys(seed, len(tokens))
+    if cache is None:
+        given = np.asarray(tokens), lengths
+        logits, cache = prefill(model, tokens, policy, lengths, max_new_tokens=count, **prefilling)
+        tokens, lengths = jnp.zeros((len(tokens), 0), jnp.int32), jnp.zeros(len(tokens), jnp.int32)
+    else:
+        tokens, lengths = checked_prompt(model, tokens, lengths, (policy,), 0)
+        given = np.asarray(tokens), lengths
+        _check_room(cache, int(jnp.max(lengths)) + count - 1)
+        logits = jnp.zeros((len(tokens), model.vocabulary), jnp.float32)
+        tokens = jnp.pad(tokens, ((0, 0), (0, bucket(tokens.shape[1]) - tokens.shape[1])))
+    said = _said(model, *given) if sampling.repetition_penalty is not None else None
+    return _trim(
+        _generate(
+            model, policy, cache, logits, tokens, lengths, jnp.int32(count), sampling, stops, keys, said,
+            most=bucket(count),
+        ),
+        count,
+    )
+
+
+def stream(model: Decoder, tokens: Int[Array, "B T"], **arguments: Any) -> Iterator[Int[Array, "B"]]:
+    """Like `generate`, one step at a time: yields the (B,) tokens of each step, -1 for rows that have ended."""
+    policy = arguments.pop("policy", None)
+    policy = full_policy() if policy is None else checked_policy(policy)
+    count = whole(arguments.pop("max_new_tokens", 64), "max_new_tokens", least=1)
+    rule, lengths = arguments.pop("sampling", Sampling()), arguments.pop("lengths", None)
+    stops, keys = _stops(model, arguments.pop("stop", ())), _keys(arguments.pop("seed", 0), len(tokens))
+    said = _said(model, np.asarray(tokens), lengths) if rule.repetition_penalty is not None else None
+    logits, cache = prefill(model, tokens, policy, lengths, max_new_tokens=count, **arguments)
+    done = jnp.zeros(len(tokens), bool)
+    token, said = _choose(logits, rule, keys, cache.next, said)
+    for index in range(count):
+        yield jnp.where(done, -1, token)
+        done = done | jnp.any(token[:, None] == stops, axis=1)
+        if index + 1 == count or bool(jnp.all(done)):
+            return
+        token, cache, said = _stream_step(model, policy, cache, token, done, rule, keys, said)
+
+
+def extend(
+    model: Decoder, tokens: Int[Array, "B T"], policy: Policy, lengths: Int[Array, "B"] | None, cache: KVCache
+) -> tuple[Float[Array, "B N"], KVCache]:
+    """Feed more tokens to an existing cache through the decode path, so that every policy acts as it would there.
+
+    Returns:
+        Logits after each row's last token, and the cache. The given cache is donated.
+    """
+    tokens, lengths = checked_prompt(model, tokens, lengths, (policy,), 0)
+    _check_room(cache, int(jnp.max(lengths)))
+    width = bucket(tokens.shape[1])
+    return _extend(model, policy, cache, jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1]))), lengths)
+
+
+def teacher_forced(
+    model: Decoder, tokens: Int[Array, "B N"], cache: KVCache, policy: Policy, logits: Float[Array, "B V"]
+) -> tuple[Float[Array, "B N"], KVCache]:
+    """Log-probability of each given token under the cache before it, fed one by one through the decode path.
+
+    Args:
+        tokens: the continuation; its first token is scored by `logits`, which `prefill` returned.
+        cache: donated.
+    """
+    _check_room(cache, tokens.shape[1])
+    return _teacher_forced(model, policy, cache, jnp.asarray(tokens, jnp.int32), logits)
+
+
+@partial(jax.jit, donate_argnames="cache", static_argnames="most")
+def _generate(model, policy, cache, logits, given, given_lengths, count, rule, stops, keys, said, *, most):
+    """Feed `given` (may be empty), then sample up to `count` tokens into an array of `most`."""
+    batch = logits.shape[0]
+
+    def choose(step, logits, cache, said, out, done):
+        """The token to feed at `step`, recorded if it is a new one, and which rows end with it."""
+        token, after = _choose(logits, rule, keys, cache.next, said)
+        fresh = jnp.ones(batch, bool)
+        if given.shape[1]:
+            fresh = step >= given_lengths
+            token = jnp.where(fresh, token, given[:, jnp.minimum(step, given.shape[1] - 1)])
+            after = said if said is None else jnp.where(fresh[:, None], after, said)
+        place = step - given_lengths
+        out = out.at[jnp.arange(batch), jnp.where(fresh & ~done, place, most)].set(token, mode="drop")
+        ends = fresh & (jnp.any(token[:, None] == stops, axis=1) | (place + 1 >= count))
+        return token, after, out, done | ends
+
+    def unfinished(state):
+        return ~jnp.all(state[-1])
+
+    def advance(state):
+        step, cache, token, said, out, done = state
+        logits, cache = decode(model, token, cache, policy, ~done)
+        return step + 1, cache, *choose(step + 1, logits, cache, said, out, done)
+
+    out, done = jnp.full((batch, most), -1, jnp.int32), jnp.zeros(batch, bool)
+    state = (jnp.int32(0), cache, *choose(0, logits, cache, said, out, done))
+    _, cache, _, _, out, _ = jax.lax.while_loop(unfinished, advance, state)
+    return Generation(out, jnp.sum(out >= 0, axis=1), cache)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _extend(model, policy, cache, tokens, lengths):
+    def unfinished(state):
+        return state[0] < jnp.max(lengths)
+
+    def advance(state):
+        step, cache, logits = state
+        active = step < lengths
+        after, cache = decode(model, tokens[:, step], cache, policy, active)
+        return step + 1, cache, jnp.where(active[:, None], after, logits)
+
+    logits = jnp.zeros((tokens.shape[0], model.vocabulary), jnp.float32)
+    _, cache, logits = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), cache, logits))
+    return logits, cache
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _teacher_forced(model, policy, cache, tokens, logits):
+    everyone = jnp.ones(tokens.shape[0], bool)
+
+    def advance(carry, token):
+        cache, logits = carry
+        scored = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+        logits, cache = decode(model, token, cache, policy, everyone)
+        return (cache, logits), scored
+
+    (cache, _), scores = jax.lax.scan(advance, (cache, logits), tokens.T)
+    return scores.T, cache
+
+
+@partial(jax.jit, donate_argnames=("cache", "said"))
+def _stream_step(model, policy, cache, token, done, rule, keys, said):
+    logits, cache = decode(model, token, cache, policy, ~done)
+    token, said = _choose(logits, rule, keys, cache.next, said)
+    return token, cache, said
+
+
+def _choose(logits, rule: Sampling, keys: PRNGKeyArray, positions, said):
+    """A token for every row, and what the text then holds."""
+    token = next_token(logits, rule, keys, positions, said)
+    return token, said if said is None else said.at[jnp.arange(len(token)), token].set(True)
+
+
+def full_policy() -> Policy:
+    """The full cache: no stage at all."""
+    return Policy((), "full")
+
+
+def _check_room(cache: KVCache, steps: int) -> None:
+    room = int(cache.room)
+    if room != ENDLESS and room < steps:
+        raise BadInput(f"cache has room for {room} more tokens, {steps} are needed; allowed: prefill with a larger "
+                       "max_new_tokens")
+
+
+def _stops(model: Decoder, stop: Sequence[int]) -> Int[Array, "K"]:
+    for token in stop:
+        whole(token, "stop", least=0, most=model.vocabulary - 1)
+    width = max(-(-len(stop) // STOPS), 1) * STOPS
+    return jnp.asarray([*stop, *[-1] * (width - len(stop))], jnp.int32)
+
+
+def _keys(seed: int | Sequence[int], batch: int) -> PRNGKeyArray:
+    seeds = np.broadcast_to(np.asarray(seed, np.uint32), (batch,))
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds))
+
+
+def _said(model: Decoder, tokens: np.ndarray, lengths: Any) -> Bool[Array, "B N"]:
+    """Which tokens each row's text holds."""
+    said = np.zeros((len(tokens), model.vocabulary), bool)
+    for row, text in enumerate(tokens):
+        said[row, text[: len(text) if lengths is None else int(lengths[row])]] = True
+    return jnp.asarray(said)
+
+
+def _trim(result: Generation, count: int) -> Generation:
+    return Generation(result.tokens[:, :count], result.lengths, result.cache)

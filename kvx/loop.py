@@ -1,0 +1,168 @@
+"""The layer loop: project, attend, compress, finish. Everything between a model's pure functions happens here."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvx.cache import ENDLESS, KVCache
+from kvx.decoder import Block, Decoder
+from kvx.evidence import Evidence, Requests
+from kvx.kernels.logits import softmax_rows
+from kvx.kernels.decode_attention import slot_logits
+from kvx.kernels.prefill_attention import prefill_attention
+from kvx.policy import Context, Layer, Policy, Spec
+from kvx.query import Query, to_heads
+from kvx.tokens import Tokens, concatenate
+
+
+def project(block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> tuple[Query, Tokens]:
+    """The layer's queries, and its new tokens with unrotated keys."""
+    q, k, v = block.project(x)
+    query = Query.from_heads(q, positions, block.rotary, block.spec)
+    spots = jnp.broadcast_to(positions[:, None, :], (positions.shape[0], block.spec.kv_heads, positions.shape[1]))
+    tokens = Tokens(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), spots, block.rotary, rotated=False)
+    return query, tokens
+
+
+@partial(jax.jit, static_argnames=("requests", "rotated", "renumber"))
+def attend(
+    block: Block,
+    x: Float[Array, "B T E"],
+    positions: Int[Array, "B T"],
+    past: Tokens | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    *,
+    requests: Requests = Requests(),
+    rotated: bool = True,
+    renumber: bool = False,
+) -> tuple[Float[Array, "B T E"], Tokens, Evidence]:
+    """One layer over a prompt or a chunk of one: exact attention over the past tokens and the new ones.
+
+    One jitted function called layer by layer, so that layers of equal spec share one compiled body.
+
+    Args:
+        positions: true positions, -1 for padding.
+        past: tokens before this chunk, gathered to the front; None for a whole prompt.
+        requests: the evidence to collect.
+        rotated: the form of the keys in the returned tokens.
+        renumber: rotate by place among the tokens at hand instead of by true position.
+
+    Returns:
+        The layer's output, its new tokens, and the evidence over past and new tokens in that order.
+    """
+    query, new = project(block, x, positions)
+    everything = new.with_form(rotated) if past is None else concatenate(past, new.with_form(past.rotated))
+    if renumber:
+        places = jnp.where(everything.present, jnp.cumsum(everything.present, axis=-1) - 1, 0)
+        keys = everything.rotary(everything.raw_keys, places)
+        queries = query.at(places[..., -positions.shape[1] :])
+    else:
+        keys, queries = everything.rotated_keys, query.rotated
+    out, _, columns = prefill_attention(
+        queries,
+        keys,
+        everything.values,
+        positions,
+        everything.positions,
+        columns=tuple(sorted(requests.columns)),
+        segments=None if segments is None else (segments, segments),
+        **query.masking,
+    )
+    rows = None
+    if requests.rows:
+        last, spots = last_queries(queries, positions, requests.rows)
+        rows = window_rows(last, spots, keys, everything.positions, query.masking)
+    peak = None
+    if requests.query:
+        valid = (positions >= 0)[:, None, None, :, None]
+        peak = jnp.max(jnp.where(valid, jnp.abs(query.rotated.astype(jnp.float32)), 0.0), axis=(2, 3))
+    seen = jnp.max(everything.positions, axis=(1, 2)) + 1
+    evidence = Evidence(seen=seen, rows=rows, columns=columns, query_peak=peak)
+    return block.finish(x, to_heads(out).astype(x.dtype)), new.with_form(rotated), evidence
+
+
+def last_queries(
+    queries: Float[Array, "B G R T D"], positions: Int[Array, "B T"], count: int
+) -> tuple[Float[Array, "B G R W D"], Int[Array, "B W"]]:
+    """Each row's own last queries, wherever its padding starts; position -1 where the row is shorter than that."""
+    end = jnp.sum(positions >= 0, axis=1)
+    index = end[:, None] - count + jnp.arange(count)
+    spots = jnp.where(index >= 0, jnp.take_along_axis(positions, jnp.maximum(index, 0), axis=1), -1)
+    return jnp.take_along_axis(queries, jnp.maximum(index, 0)[:, None, None, :, None], axis=3), spots
+
+
+def window_rows(
+    queries: Float[Array, "B G R W D"],
+    query_positions: Int[Array, "B W"],
+    keys: Float[Array, "B G S D"],
+    key_positions: Int[Array, "B G S"],
+    masking: dict,
+) -> Float[Array, "B G R W S"]:
+    """Probabilities of a few queries over all keys."""
+    logits = slot_logits(queries, keys, query_positions, key_positions, **masking)
+    batch, kv_heads, group, count, _ = queries.shape
+    return softmax_rows(logits)[0].reshape(batch, kv_heads, group, count, -1)
+
+
+@partial(jax.jit, static_argnames=("slots", "dtype"))
+def pack_layer(
+    policy: Policy, tokens: Tokens, evidence: Evidence, context: Context, *, slots: int, dtype: Any = None
+) -> Layer:
+    """One layer's cache from its tokens: the policy's selections and its store."""
+    return policy.prefill(tokens.astype(dtype), evidence, context, slots)
+
+
+@jax.jit
+def last_logits(model: Decoder, x: Float[Array, "B T E"], index: Int[Array, "B"]) -> Float[Array, "B N"]:
+    """Logits after one token of each row."""
+    return model.unembed(jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0])
+
+
+def decode(
+    model: Decoder, token: Int[Array, "B"], cache: KVCache, policy: Policy, active: Bool[Array, "B"]
+) -> tuple[Float[Array, "B N"], KVCache]:
+    """One token for every row through all layers, unrolled: append, read, update.
+
+    Appending before reading lets XLA write into the donated cache in place; the other order copies it at every step.
+    A row that is not `active` feeds a token at position -1, which no store keeps.
+    """
+    x = model.embed(token[:, None])
+    positions = jnp.where(active, cache.next, -1)[:, None]
+    layers = len(model.blocks)
+    entries = []
+    for index, (block, entry) in enumerate(zip(model.blocks, cache.entries, strict=True)):
+        spec = Spec(block.spec, layers, prompt=0, shortest=0, room=0)
+        context = Context(jnp.int32(index), cache.next, spec)
+        here = policy.at(index, layers)
+        query, fresh = project(block, x, positions)
+        store = entry.store.append(here.stats(fresh, None, context))
+        part = store.read(query)
+        wanted = here.observe(prefill=False)
+        rows = store.probabilities(query, part.lse) if wanted.rows else None
+        evidence = Evidence(seen=cache.next + active, rows=rows, query=query)
+        entries.append(here.step(replace(entry, store=store), evidence, context))
+        x = block.finish(x, to_heads(part.out).astype(x.dtype))
+    taken = jnp.where(cache.room == ENDLESS, 0, 1)
+    return model.unembed(x[:, 0]), KVCache(tuple(entries), cache.next + active, cache.room - taken)
+
+
+def forward(
+    model: Decoder, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None
+) -> Float[Array, "B T N"]:
+    """Plain causal pass without a cache: float32 logits after every token, for training and perplexity.
+
+    With `segments` (labels of packed documents) a token attends to its own document only, and positions restart there.
+    """
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    positions = index
+    if segments is not None:
+        first = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+        positions = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    x = model.embed(tokens)
+    for block in model.blocks:
+        x, _, _ = attend(block, x, positions, segments=segments)
+    return model.unembed(x)

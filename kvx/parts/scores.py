@@ -1,0 +1,143 @@
+"""Scores: what a token is worth, per KV head, float32, high = keep (grid 1, first column).
+
+A score names the evidence it reads, the statistics it keeps with each token, how a decode step updates them, and how
+tokens rank. Query heads of a group reduce by a named reducer, before pooling.
+"""
+
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvx.evidence import Evidence, Requests
+from kvx.policy import Context, Spec
+from kvx.pytree import pytree, static
+from kvx.tokens import Tokens
+
+GROUPS = {"mean": jnp.mean, "max": jnp.max, "sum": jnp.sum}
+"""Reducers over the query heads of a KV head (axis 2 of evidence)."""
+
+
+class Score(Protocol):
+    """One notion of a token's worth."""
+
+    def observe(self, prefill: bool) -> Requests:
+        """Evidence it reads."""
+        return Requests()
+
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
+        """Statistics of tokens after a prompt or chunk (evidence given), or of a token just decoded (None)."""
+        return {}
+
+    def update(self, stats: dict[str, Float[Array, "B G C"]], evidence: Evidence) -> dict[str, Float[Array, "B G C"]]:
+        """Statistics after a decode step."""
+        return stats
+
+    def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
+        """The score."""
+        ...
+
+    def calibrate(self, samples: Any) -> "Score":
+        """With its learned arrays filled (`kvx.calibrate`)."""
+        return self
+
+    def check(self, spec: Spec) -> None:
+        """Refuse to run with arrays that are missing or do not fit the model (BadInput)."""
+
+
+@pytree
+class Recency(Score):
+    """Position itself: the newest are worth most (StreamingLLM, windows)."""
+
+    def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
+        # Relative to the newest, so that float32 stays exact however long the text.
+        return (tokens.positions - evidence.seen[:, None, None]).astype(jnp.float32)
+
+
+@pytree
+class WindowAttention(Score):
+    """Probability that the last `window` queries give a token, averaged, then pooled along the sequence.
+
+    SnapKV (Li et al. 2024, section 4): a_j = 1/W sum_i p_ij, pooled over `kernel` neighbours outside the window.
+    TOVA (Oren et al. 2024) is window 1, kernel 1, across the layer's heads.
+    """
+
+    window: int = static(64)
+    kernel: int = static(1)
+    pooling: str = static("mean")
+    group: str = static("mean")
+
+    def observe(self, prefill: bool) -> Requests:
+        return Requests(rows=self.window)
+
+    def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
+        votes = GROUPS[self.group](jnp.mean(evidence.last_rows(self.window), axis=-2), axis=2)
+        if self.kernel == 1:
+            return votes
+        # Votes inside the window are not pooled into the prompt's: the window is kept whatever they are.
+        outside = tokens.present & (tokens.positions < evidence.seen[:, None, None] - self.window)
+        return pool(jnp.where(outside, votes, 0.0), self.kernel, self.pooling)
+
+
+@pytree
+class ColumnMass(Score):
+    """Probability a token has received from all queries so far: summed (H2O), or averaged over those that could see it.
+
+    H2O (Zhang et al. 2023, algorithm 1): s_j = sum_i p_ij. average="mean" divides by the number of queries at or
+    after j, as kvpress's ObservedAttentionPress does.
+    """
+
+    average: str = static("sum")
+    group: str = static("mean")
+
+    def observe(self, prefill: bool) -> Requests:
+        return Requests(columns=frozenset({"sum"})) if prefill else Requests(rows=1)
+
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
+        before = tokens.stats.get("mass", jnp.zeros(tokens.positions.shape, jnp.float32))
+        return {"mass": before if evidence is None else before + GROUPS[self.group](evidence.columns["sum"], axis=2)}
+
+    def update(self, stats: dict[str, Float[Array, "B G C"]], evidence: Evidence) -> dict[str, Float[Array, "B G C"]]:
+        return stats | {"mass": stats["mass"] + GROUPS[self.group](evidence.last_rows(1)[..., 0, :], axis=2)}
+
+    def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
+        if self.average == "sum":
+            return tokens.stats["mass"]
+        return tokens.stats["mass"] / jnp.maximum(evidence.seen[:, None, None] - tokens.positions, 1)
+
+
+@pytree
+class KeyNorm(Score):
+    """Minus the Euclidean norm of the key, in float32 (Devoto et al. 2024); rotation does not change it."""
+
+    def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
+        return -jnp.linalg.norm(tokens.keys.astype(jnp.float32), axis=-1)
+
+
+@pytree
+class Projection(Score):
+    """Dot product of the rotated key with a calibrated direction per layer and KV head (Q-Filters, Godey et al. 2025).
+
+    Attributes:
+        directions: positive along the bulk of the head's queries; None until calibrated.
+    """
+
+    directions: Float[Array, "L G D"] | None = None
+
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
+        assert self.directions is not None, "checked when the policy is used"
+        direction = self.directions[context.layer]
+        scored = jnp.einsum("bgtd,gd->bgt", tokens.rotated_keys.astype(jnp.float32), direction)
+        return {"projection": scored}
+
+    def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
+        return tokens.stats["projection"]
+
+
+def pool(scores: Float[Array, "B G T"], kernel: int, pooling: str) -> Float[Array, "B G T"]:
+    """Smooth along the sequence at equal length: "mean" counts the zeros beyond the ends, "max" ignores them."""
+    half = kernel // 2
+    fill = 0.0 if pooling == "mean" else -jnp.inf
+    padded = jnp.pad(scores, ((0, 0), (0, 0), (half, half)), constant_values=fill)
+    shifted = jnp.stack([padded[..., offset : offset + scores.shape[-1]] for offset in range(kernel)])
+    return jnp.mean(shifted, axis=0) if pooling == "mean" else jnp.max(shifted, axis=0)

@@ -1,0 +1,261 @@
+"""Policies: a tuple of stages, each a frozen pytree with optional hooks; a policy's behaviour is the fold over them.
+
+Selection is a mask and never gathered tokens: that one choice lets rectangular, ragged, tiered and packed stores all
+follow the same selections. A stage refines the mask (`keep`), or says how what is kept is stored (`pack`; the last
+stage that answers wins), or acts after each decode step (`step`).
+"""
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from kvx.decoder import AttentionSpec
+from kvx.errors import BadInput
+from kvx.evidence import Evidence, Requests
+from kvx.pytree import pytree, static
+from kvx.stores.base import Store
+from kvx.stores.dense import Dense
+from kvx.tokens import Tokens
+
+LANE = 16
+"""Capacities are rounded up to this many slots: the sublane tile of a 16-bit array on a TPU."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Static facts under which one layer's cache is made.
+
+    Attributes:
+        attention: the layer's attention.
+        layers: layers of the model.
+        prompt: the most tokens a row's prompt may hold.
+        shortest: the fewest tokens a row's prompt may hold.
+        room: tokens to come after the prompt for which there must be slots.
+    """
+
+    attention: AttentionSpec
+    layers: int
+    prompt: int
+    shortest: int
+    room: int
+
+
+@pytree
+class Context:
+    """Where a hook is called: the static spec and what only the run knows.
+
+    Attributes:
+        layer: index of the layer, traced, so that equal layers share one compiled body.
+        lengths: length of each row's whole prompt, also while only a part of it has been seen.
+        plan: this layer's share of a decision over all layers (`Stage.plan`); None for stages that decide by layer.
+    """
+
+    layer: Int[Array, ""]
+    lengths: Int[Array, "B"]
+    spec: Spec = static()
+    plan: Any = None
+
+
+class Stage:
+    """One step of a policy. Every hook has a neutral default; a subclass overrides what it is about.
+
+    Class attributes:
+        bounded: the cache never grows past the budget, however long the generation (it acts at every step).
+        rotated: False if its store keeps keys unrotated.
+        renumber: positions are assigned by place in the cache instead of by place in the text.
+        decides: "layer" (inside the layer loop) or "end" (when the evidence of all layers is known).
+        stores: it answers `pack`, so that nothing can follow it in a chain.
+        append_only: its store cannot free slots for reuse, so that nothing that evicts at every step can precede it.
+    """
+
+    bounded: bool = False
+    rotated: bool = True
+    renumber: bool = False
+    decides: str = "layer"
+    stores: bool = False
+    append_only: bool = False
+
+    def at(self, layer: int, layers: int) -> "Stage | None":
+        """This stage in one layer; None where it does not act."""
+        return self
+
+    def observe(self, prefill: bool) -> Requests:
+        """The evidence this stage reads, at prefill or at a decode step."""
+        return Requests()
+
+    def capacity(self, spec: Spec, layer: int) -> int | None:
+        """The most slots a row and head may need; None: no limit of its own. Checks that the budget is possible."""
+        return None
+
+    def stats(
+        self, tokens: Tokens, evidence: Evidence | None, context: Context
+    ) -> dict[str, Float[Array, "B G T"]]:
+        """What to keep with each token, given the evidence so far (None: a token just decoded, not yet attended)."""
+        return {}
+
+    def measure(self, tokens: Tokens, evidence: Evidence) -> Any:
+        """For `decides = "end"`: what this layer contributes to the decision over all layers."""
+        return None
+
+    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
+        """For `decides = "end"`: each layer's share of the decision, from every layer's measure."""
+        return [None] * len(measures)
+
+    def keep(
+        self, tokens: Tokens, mask: Bool[Array, "B G T"], evidence: Evidence, context: Context
+    ) -> tuple[Tokens, Bool[Array, "B G T"], Any]:
+        """Refine the mask (and, when losers are merged, the tokens); the third value is this stage's state."""
+        return tokens, mask, None
+
+    def pack(
+        self, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, evidence: Evidence, context: Context
+    ) -> Store | None:
+        """The store that holds what is kept; None: no opinion."""
+        return None
+
+    def step(self, store: Any, state: Any, evidence: Evidence, context: Context) -> tuple[Any, Any]:
+        """After a decode step has attended: update statistics, choose and free the next victim."""
+        return store, state
+
+    def calibrate(self, samples: Any) -> "Stage":
+        """With its learned arrays filled from samples of activations (`kvx.calibrate`)."""
+        return self
+
+
+@pytree
+class Layer:
+    """One layer's cache: its store, and what each stage of the policy carries between steps."""
+
+    store: Any
+    states: tuple[Any, ...] = ()
+
+
+@pytree
+class Policy:
+    """A composition of stages. Hyperparameters are static; learned arrays are leaves.
+
+    Attributes:
+        stages: selections first, then at most one that packs.
+        text: how it is written, e.g. "snapkv(budget=256)+kivi(bits=2)"; `kvx.parse_policy` reads it back.
+    """
+
+    stages: tuple[Any, ...]
+    text: str = static("policy")
+
+    def at(self, layer: int, layers: int) -> "Policy":
+        """The policy of one layer, without the stages that skip it."""
+        stages = [stage.at(layer, layers) for stage in self.stages]
+        return replace(self, stages=tuple(stage for stage in stages if stage is not None))
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the cache stays within its budget during generation."""
+        return any(stage.bounded for stage in self.stages)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether its store keeps rotated keys."""
+        return all(stage.rotated for stage in self.stages)
+
+    @property
+    def renumber(self) -> bool:
+        """Whether positions are assigned by place in the cache."""
+        return any(stage.renumber for stage in self.stages)
+
+    @property
+    def decides(self) -> str:
+        """ "end" if any stage needs the evidence of all layers, else "layer"."""
+        return "end" if any(stage.decides == "end" for stage in self.stages) else "layer"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its learned arrays (filters, codebooks); reported beside the cache's bytes, not in them."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def observe(self, prefill: bool) -> Requests:
+        """The union of what its stages read."""
+        return reduce(or_, (stage.observe(prefill) for stage in self.stages), Requests())
+
+    def capacity(self, spec: Spec, layer: int) -> int:
+        """Static slots per head for what is kept of the prompt, room for new tokens not included."""
+        limits = [stage.capacity(spec, layer) for stage in self.stages]
+        return min([spec.prompt, *(limit for limit in limits if limit is not None)])
+
+    def slots(self, spec: Spec, layer: int) -> int:
+        """Static slots per head of the finished cache: what is kept, and room for what comes.
+
+        A stage that acts at every step needs one slot beyond its budget, since a fresh token is seen before anything
+        leaves; other policies keep every generated token.
+        """
+        limits = [stage.capacity(replace(spec, prompt=spec.prompt + spec.room), layer) for stage in self.stages]
+        bounds = [limit for stage, limit in zip(self.stages, limits, strict=True) if stage.bounded and limit is not None]
+        grown = self.capacity(spec, layer) + spec.room
+        return round_up(min([grown, *(bound + 1 for bound in bounds)]))
+
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> Tokens:
+        """The tokens with every stage's statistics."""
+        stats = dict(tokens.stats)
+        for stage in self.stages:
+            stats |= stage.stats(tokens, evidence, context)
+        return replace(tokens, stats=stats)
+
+    def select(
+        self, tokens: Tokens, evidence: Evidence, context: Context
+    ) -> tuple[Tokens, Bool[Array, "B G T"], tuple[Any, ...]]:
+        """What stays of the tokens at hand, and each stage's state."""
+        tokens = self.stats(tokens, evidence, context)
+        mask, states = tokens.present, []
+        for stage in self.stages:
+            tokens, mask, state = stage.keep(tokens, mask, evidence, context)
+            states.append(state)
+        return tokens, mask, tuple(states)
+
+    def prefill(self, tokens: Tokens, evidence: Evidence, context: Context, slots: int) -> Layer:
+        """One layer's cache from its prompt."""
+        tokens, mask, states = self.select(tokens, evidence, context)
+        # Only statistics that a decode step will go on with travel into the store.
+        lasting = {name for stage in self.stages for name in stage.stats(tokens, None, context)}
+        tokens = replace(tokens, stats={name: tokens.stats[name] for name in sorted(lasting)})
+        packed = [stage.pack(tokens, mask, slots, evidence, context) for stage in self.stages]
+        answers = [store for store in packed if store is not None]
+        return Layer(answers[-1] if answers else Dense.pack(tokens.with_form(self.rotated), mask, slots), states)
+
+    def step(self, layer: Layer, evidence: Evidence, context: Context) -> Layer:
+        """One layer's cache after a decode step has attended."""
+        store, states = layer.store, []
+        for stage, state in zip(self.stages, layer.states, strict=True):
+            store, state = stage.step(store, state, evidence, context)
+            states.append(state)
+        return Layer(store, tuple(states))
+
+
+def chain(*policies: Policy) -> Policy:
+    """One policy from several: any number of selections, then at most one that stores.
+
+    Raises:
+        BadInput: nothing to chain, or a selection after a store.
+    """
+    if not policies:
+        raise BadInput("chain: no policies given; allowed: one or more")
+    stages = tuple(stage for policy in policies for stage in policy.stages)
+    if stages and stages[-1].append_only and any(stage.bounded for stage in stages):
+        raise BadInput(
+            f"chain: {policies[-1].text!r} cannot evict at every step; allowed before it: policies that act once, after "
+            "the prompt"
+        )
+    for policy in policies[:-1]:
+        if any(stage.stores for stage in policy.stages):
+            raise BadInput(
+                f"chain: {policy.text!r} says how tokens are stored, so nothing can follow it; allowed: selections "
+                "first, then at most one policy that stores"
+            )
+    return Policy(stages, "+".join(policy.text for policy in policies))
+
+
+def round_up(count: int, multiple: int = LANE) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple

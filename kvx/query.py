@@ -1,0 +1,55 @@
+"""Queries as stores receive them: unrotated, with their true positions, so that a store rotates by its own rule."""
+
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvx.decoder import AttentionSpec
+from kvx.pytree import pytree, static
+from kvx.rotary import Rotary
+
+
+@pytree
+class Query:
+    """The queries of T new tokens, grouped by the KV head they read.
+
+    Attributes:
+        raw: before rotation, R = H / G query heads for each KV head.
+        positions: true positions; -1 marks padding.
+        rotary: this layer's rotation.
+        spec: static facts of this layer's attention.
+    """
+
+    raw: Float[Array, "B G R T D"]
+    positions: Int[Array, "B T"]
+    rotary: Rotary
+    spec: AttentionSpec = static()
+
+    @classmethod
+    def from_heads(
+        cls, heads: Float[Array, "B T H D"], positions: Int[Array, "B T"], rotary: Rotary, spec: AttentionSpec
+    ) -> "Query":
+        """Group projected queries by KV head."""
+        batch, length, _, dim = heads.shape
+        grouped = heads.reshape(batch, length, spec.kv_heads, spec.group, dim)
+        return cls(jnp.transpose(grouped, (0, 2, 3, 1, 4)), positions, rotary, spec)
+
+    @property
+    def rotated(self) -> Float[Array, "B G R T D"]:
+        """Rotated at the true positions."""
+        return self.rotary(self.raw, self.positions[:, None, None, :])
+
+    def at(self, positions: Int[Array, "B G T"]) -> Float[Array, "B G R T D"]:
+        """Rotated at positions of the store's choosing."""
+        return self.rotary(self.raw, positions[:, :, None, :])
+
+    @property
+    def masking(self) -> dict:
+        """The keyword arguments of the attention operations that follow from the layer's spec."""
+        return {"scale": self.spec.scale, "window": self.spec.window, "softcap": self.spec.softcap}
+
+
+def to_heads(out: Float[Array, "B G R T V"]) -> Float[Array, "B T H V"]:
+    """Attention output by query head, as a model's `finish` takes it."""
+    batch, kv_heads, group, length, width = out.shape
+    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, length, kv_heads * group, width)

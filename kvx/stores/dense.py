@@ -1,0 +1,107 @@
+"""The dense store: rotated keys and values by slot, in the cache's dtype; eviction marks a slot empty for reuse."""
+
+from dataclasses import field, replace
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.merge_partials import Partial
+from kvx.pytree import pytree, static
+from kvx.query import Query
+from kvx.rotary import Rotary
+from kvx.stores.base import nbytes
+from kvx.tokens import Tokens
+
+
+@pytree
+class Dense:
+    """Slots of full-precision keys and values. Slot order is not age order once slots are reused.
+
+    Bytes per slot and KV head: (D + V) * itemsize + 4 for the position + 4 for each statistic.
+    """
+
+    keys: Float[Array, "B G C D"]
+    values: Float[Array, "B G C V"]
+    slots: Int[Array, "B G C"]
+    rotary: Rotary
+    stats: dict[str, Float[Array, "B G C"]] = field(default_factory=dict)
+    rotated: bool = static(True)
+
+    @classmethod
+    def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int) -> "Dense":
+        """The tokens in `mask`, gathered in order into `capacity` slots."""
+        kept = tokens.select(mask, capacity)
+        return cls(kept.keys, kept.values, kept.positions, kept.rotary, dict(kept.stats), kept.rotated)
+
+    def append(self, tokens: Tokens) -> "Dense":
+        tokens = tokens.with_form(self.rotated)
+        slot = first_empty(self.slots)
+        return replace(
+            self,
+            keys=write_slot(self.keys, slot, tokens.keys[:, :, 0]),
+            values=write_slot(self.values, slot, tokens.values[:, :, 0]),
+            slots=write_slot(self.slots, slot, tokens.positions[:, :, 0]),
+            stats={name: write_slot(stat, slot, tokens.stats[name][:, :, 0]) for name, stat in self.stats.items()},
+        )
+
+    def read(self, query: Query) -> Partial:
+        return decode_attention(
+            query.rotated, self.keys, self.values, query.positions, self.slots, **query.masking
+        )
+
+    def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
+        return decode_probabilities(query.rotated, self.keys, query.positions, self.slots, lse, **query.masking)
+
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Dense":
+        return self.evict(weakest(scores, self.slots), excess > 0)
+
+    def evict(self, slot: Int[Array, "B G"], when: Bool[Array, "B G"]) -> "Dense":
+        """Mark one slot a head empty where `when`; its bytes are reused by the next token."""
+        chosen = when[..., None] & (jnp.arange(self.slots.shape[-1]) == slot[..., None])
+        return replace(self, slots=jnp.where(chosen, -1, self.slots))
+
+    def take(self, slot: Int[Array, "B G"], when: Bool[Array, "B G"]) -> Tokens:
+        """One token a head, "no token" where not `when`."""
+        return self.tokens().take(slot[..., None], when[..., None])
+
+    def tokens(self) -> Tokens:
+        return Tokens(self.keys, self.values, self.slots, self.rotary, self.stats, self.rotated)
+
+    def positions(self) -> Int[Array, "B G C"]:
+        return self.slots
+
+    def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
+        return self.tokens().rotated_keys, self.values, self.slots
+
+    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Dense":
+        return replace(self, stats=stats)
+
+    def bytes_read(self) -> int:
+        return nbytes(self)
+
+
+def first_empty(slots: Int[Array, "B G C"]) -> Int[Array, "B G"]:
+    """Index of the first empty slot; C where there is none, which no write reaches."""
+    capacity = slots.shape[-1]
+    return jnp.min(jnp.where(slots < 0, jnp.arange(capacity), capacity), axis=-1)
+
+
+def write_slot(array: Float[Array, "B G C *rest"] | Int[Array, "B G C"], slot: Int[Array, "B G"], value) -> Array:
+    """One row a head overwritten in place.
+
+    A scatter with unique, sorted indices is the form of which XLA on CPU makes no copy of the cache, where
+    dynamic_update_slice and `where` do.
+    """
+    batch, heads = jnp.ogrid[: array.shape[0], : array.shape[1]]
+    return array.at[batch, heads, slot].set(
+        value.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+    )
+
+
+def weakest(scores: Float[Array, "B G C"], slots: Int[Array, "B G C"]) -> Int[Array, "B G"]:
+    """The occupied slot with the lowest score; in a tie the higher position, so that the lower is kept."""
+    occupied = slots >= 0
+    lowest = jnp.min(jnp.where(occupied, scores, jnp.inf), axis=-1, keepdims=True)
+    tied = jnp.where(occupied & (scores == lowest), slots, -1)
+    return jnp.argmax(tied, axis=-1).astype(jnp.int32)

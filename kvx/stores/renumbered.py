@@ -1,0 +1,86 @@
+"""The renumbered store: unrotated keys, rotated at every read by their place in the cache instead of in the text."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.merge_partials import Partial
+from kvx.pytree import pytree
+from kvx.query import Query
+from kvx.stores.base import nbytes
+from kvx.stores.dense import Dense, write_slot
+from kvx.tokens import Tokens
+
+
+@pytree
+class Renumbered:
+    """A dense store of unrotated keys with every slot's place among the tokens held, by age (StreamingLLM).
+
+    The model never sees a distance larger than the cache, so a text may be longer than its positions. Rotating from
+    unrotated keys, in float32, avoids the drift of keys that are turned back at every eviction.
+
+    Attributes:
+        inner: the slots.
+        places: 0 for the oldest token held, count - 1 for the newest.
+    """
+
+    inner: Dense
+    places: Int[Array, "B G C"]
+
+    @classmethod
+    def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int) -> "Renumbered":
+        """The tokens in `mask`, gathered in order."""
+        inner = Dense.pack(tokens.with_form(rotated=False), mask, capacity)
+        return cls(inner, jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), inner.slots.shape))
+
+    def append(self, tokens: Tokens) -> "Renumbered":
+        slot = jnp.min(jnp.where(self.inner.slots < 0, jnp.arange(self.places.shape[-1]), self.places.shape[-1]), axis=-1)
+        return replace(self, inner=self.inner.append(tokens), places=write_slot(self.places, slot, self._count()))
+
+    def read(self, query: Query) -> Partial:
+        queries, keys = self._rotated(query)
+        inner = self.inner
+        return decode_attention(queries, keys, inner.values, query.positions, inner.slots, **query.masking)
+
+    def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
+        queries, keys = self._rotated(query)
+        return decode_probabilities(queries, keys, query.positions, self.inner.slots, lse, **query.masking)
+
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Renumbered":
+        inner = self.inner.release(scores, excess)
+        gone = (self.inner.slots >= 0) & (inner.slots < 0)
+        place = jnp.min(jnp.where(gone, self.places, jnp.iinfo(jnp.int32).max), axis=-1, keepdims=True)
+        return Renumbered(inner, self.places - (self.places > place))
+
+    def tokens(self) -> Tokens:
+        return self.inner.tokens()
+
+    def positions(self) -> Int[Array, "B G C"]:
+        return self.inner.slots
+
+    def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
+        return self._turned(), self.inner.values, self.inner.slots
+
+    @property
+    def stats(self) -> dict[str, Float[Array, "B G C"]]:
+        return self.inner.stats
+
+    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Renumbered":
+        return replace(self, inner=self.inner.with_stats(stats))
+
+    def bytes_read(self) -> int:
+        return nbytes(self)
+
+    def _count(self) -> Int[Array, "B G"]:
+        return jnp.sum(self.inner.slots >= 0, axis=-1, dtype=jnp.int32)
+
+    def _turned(self) -> Float[Array, "B G C D"]:
+        return self.inner.rotary(self.inner.keys, self.places)
+
+    def _rotated(self, query: Query) -> tuple[Float[Array, "B G R T D"], Float[Array, "B G C D"]]:
+        """Queries at the places of the newest tokens, keys at their own."""
+        length = query.raw.shape[3]
+        newest = self._count()[..., None] - length + jnp.arange(length)
+        return query.at(jnp.maximum(newest, 0)), self._turned()
