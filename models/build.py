@@ -172,13 +172,17 @@ def _check_tensors(model: Model, tensors: Tensors) -> None:
     expected = {piece.name: piece.shape for piece in model.pieces()}
     found = {name for name in tensors if name in expected or not _harmless(name, model)}
     if missing := [name for name in expected if name not in found]:
-        raise BadInput(f"the checkpoint lacks tensor {missing[0]!r}{_more(missing)}: expected shape "
-                       f"{expected[missing[0]]} for its config.json")
+        raise BadInput(
+            f"the checkpoint lacks tensor {missing[0]!r}{_more(missing)}: expected shape "
+            f"{expected[missing[0]]} for its config.json"
+        )
     if extra := sorted(found - expected.keys()):
         raise BadInput(f"the checkpoint has tensor {extra[0]!r}{_more(extra)}, which its config.json has no place for")
     for name, shape in expected.items():
         if tuple(tensors.shape(name)) != shape:
-            raise BadInput(f"tensor {name!r} has shape {tuple(tensors.shape(name))}: expected {shape} for its config.json")
+            raise BadInput(
+                f"tensor {name!r} has shape {tuple(tensors.shape(name))}: expected {shape} for its config.json"
+            )
 
 
 def _harmless(name: str, model: Model) -> bool:

@@ -191,7 +191,7 @@ class Gemma(nnx.Module):
             attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
             yield Piece(f"{layer}.input_layernorm.weight", block.attention_norm.weight, "vector")
             yield from qkv_pieces(attention, block.qkv.kernel, "matrix", "weight")
-            if block.q_norm is not None:
+            if block.q_norm is not None and block.k_norm is not None:
                 yield Piece(f"{attention}.q_norm.weight", block.q_norm.weight, "vector")
                 yield Piece(f"{attention}.k_norm.weight", block.k_norm.weight, "vector")
             yield Piece(f"{attention}.o_proj.weight", block.out.kernel, "matrix")

@@ -183,7 +183,7 @@ class Llama(nnx.Module):
             yield from qkv_pieces(attention, block.qkv.kernel, "matrix", "weight")
             if block.qkv.bias is not None:
                 yield from qkv_pieces(attention, block.qkv.bias, "vector", "bias")
-            if block.q_norm is not None:
+            if block.q_norm is not None and block.k_norm is not None:
                 yield Piece(f"{attention}.q_norm.weight", block.q_norm.weight, "vector")
                 yield Piece(f"{attention}.k_norm.weight", block.k_norm.weight, "vector")
             yield Piece(f"{attention}.o_proj.weight", block.out.kernel, "matrix")

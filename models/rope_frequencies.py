@@ -18,9 +18,9 @@ Frequencies = Float[np.ndarray, "P"]
 Settings = Mapping[str, Any]
 
 
-def rope_frequencies(config: Settings, head_dim: int, base: float, layer_type: str | None = None) -> tuple[
-    Frequencies, float
-]:
+def rope_frequencies(
+    config: Settings, head_dim: int, base: float, layer_type: str | None = None
+) -> tuple[Frequencies, float]:
     """The frequencies (head_dim / 2,) float32 and the factor on cos and sin that a Hugging Face config asks for.
 
     Args:

@@ -76,7 +76,10 @@ def test_factors_of_a_gguf_file_divide_each_frequency():
     ("values", "sentence"),
     [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'.*change with the length"),
-        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "rope_type='longrope'"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+            "rope_type='longrope'",
+        ),
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type='spiral'.*expected one of default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor=-1"),

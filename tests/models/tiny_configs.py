@@ -45,22 +45,22 @@ CONFIGS = {
     "llama3.1": LLAMA | {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING},
     "llama3.2-tied": LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": True},
     "llama-linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "smollm2": LLAMA | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48} | {
-        "tie_word_embeddings": True, "rope_theta": 1e5
-    },
+    "smollm2": LLAMA
+    | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48}
+    | {"tie_word_embeddings": True, "rope_theta": 1e5},
     "mistral": _config("MistralForCausalLM", "mistral", sliding_window=48),
     "mistral-head-dim": _config("MistralForCausalLM", "mistral", sliding_window=None, head_dim=24),
     "qwen2": QWEN2,
     "qwen2-window": QWEN2 | {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1},
     "qwen2.5-yarn": QWEN2 | {"rope_scaling": YARN_SCALING},
     "qwen3": QWEN3,
-    "qwen3-window-biases": QWEN3 | {"use_sliding_window": True, "sliding_window": 48, "attention_bias": True} | {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]
-    },
+    "qwen3-window-biases": QWEN3
+    | {"use_sliding_window": True, "sliding_window": 48, "attention_bias": True}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "gemma2": GEMMA2,
     "gemma2-head-dim-256": GEMMA2 | {"head_dim": 256, "query_pre_attn_scalar": 256},
     "gemma3": GEMMA3,
-    "gemma3-stretched": GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e6} | {
-        "rope_local_base_freq": 10000.0, "num_hidden_layers": 6
-    },
+    "gemma3-stretched": GEMMA3
+    | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e6}
+    | {"rope_local_base_freq": 10000.0, "num_hidden_layers": 6},
 }
