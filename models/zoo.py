@@ -129,6 +129,8 @@ def resolve(name_or_path: str | Path) -> Path:
     if isinstance(name_or_path, str) and text in MODELS:
         return fetch(text)
     path = Path(text).expanduser()
+    if not text:
+        raise unknown("model", text, MODELS)  # Path("") would be the current directory
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():

@@ -1,4 +1,4 @@
-"""The GGUF header parser reads what the gguf package writes, and refuses hostile files quickly and in bounded memory."""
+"""The GGUF header parser reads what the gguf package writes, and refuses hostile files in bounded time and memory."""
 
 import functools
 import mmap
