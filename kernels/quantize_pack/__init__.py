@@ -11,6 +11,9 @@ from jaxtyping import Array, BFloat16, Float, UInt8, UInt32
 BITS = (2, 3, 4, 8)
 """Widths that pack."""
 
+ROUNDING = 2.0**-8
+"""One unit in the last place of a bfloat16, relative: rounding to nearest after this shift rounds up."""
+
 
 def quantize(
     x: Float[Array, "*batch n"], bits: int
@@ -18,14 +21,14 @@ def quantize(
     """Codes of groups laid along the last axis: c = round((x - m) / s), s = (max - min) / (2^bits - 1).
 
     Returns:
-        codes, scale s, minimum m. A constant group has s = 1 and codes 0.
+        codes, scale s, minimum m; the error is at most s / 2 everywhere. A group of zeros has s = 1.
     """
     x = x.astype(jnp.float32)
     low, high = jnp.min(x, axis=-1), jnp.max(x, axis=-1)
-    minimum = low.astype(jnp.bfloat16)
-    # From the rounded minimum, so that the top of the range stays reachable.
-    spread = jnp.maximum(high - minimum.astype(jnp.float32), high - low)
-    scale = jnp.where(high > low, spread / (2**bits - 1), 1.0).astype(jnp.bfloat16)
+    # The minimum is rounded down and the scale up, so that no element falls outside the codes: |error| <= s / 2.
+    minimum = (low - jnp.abs(low) * ROUNDING).astype(jnp.bfloat16)
+    spread = high - minimum.astype(jnp.float32)
+    scale = jnp.where(spread > 0, spread * (1 + ROUNDING) / (2**bits - 1), 1.0).astype(jnp.bfloat16)
     steps = (x - minimum.astype(jnp.float32)[..., None]) / scale.astype(jnp.float32)[..., None]
     return jnp.clip(jnp.round(steps), 0, 2**bits - 1).astype(jnp.uint8), scale, minimum
 

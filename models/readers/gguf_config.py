@@ -85,7 +85,7 @@ def configuration(header: Header, file: str, rope_factors: np.ndarray | None) ->
     kv_heads = keys.integer("attention.head_count_kv", heads)
     if heads % kv_heads:
         raise keys.refuse("attention.head_count_kv", kv_heads, f"allowed are divisors of the {heads} query heads")
-    head_dim = keys.integer("attention.key_length", 256 if kind.startswith("gemma") else hidden // heads)
+    head_dim = keys.integer("attention.key_length", hidden // heads)
     if head_dim % 2:
         raise keys.refuse("attention.key_length", head_dim, "allowed are even numbers")
     if keys.integer("attention.value_length", head_dim) != head_dim:

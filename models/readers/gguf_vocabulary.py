@@ -41,9 +41,10 @@ _COMPOSED = ("qwen2", "deepseek-r1-qwen")  # trained on NFC text
 _STARTS_WITH_BOS = ("llama-bpe", "smaug-bpe", "dbrx")  # unless the file says otherwise
 _WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word that is a token is not built by merges
 
-# The bytes of all splits of all pieces that are looked up for a "llama" vocabulary; Gemma 3 needs 2 million.
-MAX_PIECE_CHARACTERS = 1 << 23
+# A "llama" vocabulary's pieces are split at every character; Gemma 3 has 1.8 million, which give 0.5 million merges.
+MAX_PIECE_CHARACTERS = 1 << 22
 MAX_PIECE_LENGTH = 512
+MAX_MERGES = 1 << 21
 # A chat template ends a turn with one of these, which then ends generation beside the stated end of text.
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
 
@@ -218,7 +219,7 @@ def merges_by_score(
     tokens take no part in merging.
 
     Raises:
-        BadInput: scores that are not finite, pieces so long that the splits would take minutes.
+        BadInput: scores that are not finite, pieces so long or merges so many that no real vocabulary has them.
     """
     if not np.isfinite(scores).all():
         raise BadInput(f"GGUF file {file!r}: tokenizer.ggml.scores holds a value that is not finite")
@@ -237,10 +238,11 @@ def merges_by_score(
         halves = [
             (left, right)
             for cut in range(1, len(token))
-            if (left := token[:cut]) in pieces and (right := token[cut:]) in pieces
+            if (left := pieces.get(token[:cut])) is not None and (right := pieces.get(token[cut:])) is not None
         ]
-        halves.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
-        merges.extend(halves)
+        merges.extend((tokens[left], tokens[right]) for left, right in sorted(halves))
+        if len(merges) > MAX_MERGES:
+            raise BadInput(f"GGUF file {file!r}: its tokens give more than {MAX_MERGES} merges, the most allowed")
     return merges
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvx.errors import BadInput
 from kvx.models import zoo
 from kvx.models.checkpoint import Checkpoint
-from kvx.models.readers import read_checkpoint
+from kvx.models.readers import gguf_vocabulary, read_checkpoint
 from kvx.models.readers.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, rebuild_tokenizer
 from kvx.models.tokenizer import Tokenizer
 
@@ -232,6 +232,12 @@ def test_a_piece_whose_splits_would_take_minutes_is_refused():
 class NoTensors(dict):
     def shape(self, name):
         raise KeyError(name)
+
+
+def test_more_merges_than_any_vocabulary_has_are_refused(monkeypatch):
+    monkeypatch.setattr(gguf_vocabulary, "MAX_MERGES", 10)
+    with pytest.raises(BadInput, match="more than 10 merges"):
+        built(sentencepiece({"a" * length: -float(length) for length in range(1, 9)}))
 
 
 def test_a_file_without_tokenizer_has_none():

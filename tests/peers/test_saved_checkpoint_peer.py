@@ -53,7 +53,8 @@ def test_a_saved_directory_loads_in_transformers(kind, tmp_path):
         assert model(torch.zeros((1, 4), dtype=torch.long)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+# Not qwen3: transformers does not take its head dim from the file.
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_weights_equal_those_that_transformers_reads_from_the_file(kind, tmp_path):
     path = tiny(tmp_path / f"{kind}.gguf", kind)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
