@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise BadInput(f"text has a lone surrogate at character {error.start}, allowed is valid Unicode") from None
-        ids = self._tokens.encode(text, add_special_tokens=add_special).ids
+        with _refusing():
+            ids = self._tokens.encode(text, add_special_tokens=add_special).ids
         wanted = add_special and self.special.get("add_bos_token") is True and self.bos_id is not None
         if wanted and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]  # tokenizer.json has no post-processor, tokenizer_config.json asks for the token
@@ -85,7 +87,8 @@ class Tokenizer:
         if array.min() < 0 or array.max() >= self.vocabulary:
             outside = array[(array < 0) | (array >= self.vocabulary)][0]
             raise BadInput(f"ids hold {outside}, allowed are 0 to {self.vocabulary - 1}")
-        return self._tokens.decode(array.tolist(), skip_special_tokens=skip_special)
+        with _refusing():
+            return self._tokens.decode(array.tolist(), skip_special_tokens=skip_special)
 
     @property
     def has_chat_template(self) -> bool:
@@ -126,17 +129,24 @@ class Tokenizer:
         return tuple(dict.fromkeys(ends))
 
 
-def _built(specification: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The `tokenizers` object; a panic of that package on hostile input is a refusal like any other."""
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turns a failure of the `tokenizers` package into a refusal: its input was a file that others wrote."""
     try:
-        tokens = tokenizers.Tokenizer.from_str(json.dumps(specification))
+        yield
     except BaseException as error:
         # The package's panics derive from BaseException directly.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise BadInput(f"the tokenizer's specification cannot be used: {reason}") from None
-    # A file may ask for both; a prompt is never silently cut, nor filled up.
-    tokens.no_truncation()
-    tokens.no_padding()
+
+
+def _built(specification: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    with _refusing():
+        tokens = tokenizers.Tokenizer.from_str(json.dumps(specification))
+        # A file may ask for both; a prompt is never silently cut, nor filled up.
+        tokens.no_truncation()
+        tokens.no_padding()
+        tokens.encode("a b")  # some faults show only when a text is encoded
     return tokens

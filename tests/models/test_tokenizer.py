@@ -262,6 +262,13 @@ def test_a_specification_that_cannot_be_used_is_refused(specification):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_panic_of_the_tokenizers_package_is_a_refusal(capfd):
+    specification, special = rebuild_tokenizer(sentencepiece({"a": -1.0}), 260, "x.gguf")
+    specification["post_processor"]["special_tokens"] = {}
+    with pytest.raises(BadInput, match="specification cannot be used"):
+        Tokenizer(specification, special)
+
+
 def test_truncation_and_padding_of_a_file_are_not_obeyed():
     specification, special = rebuild_tokenizer(byte_level(), 97, "x.gguf")
     specification["truncation"] = {
