@@ -18,6 +18,7 @@ from kvx.models.config_values import integer
 from kvx.models.gemma import Gemma
 from kvx.models.llama import Llama
 from kvx.models.pieces import Piece
+from kvx.models.text_part import text_part
 
 Model = Llama | Gemma
 
@@ -42,9 +43,7 @@ def abstract_model(config: Mapping[str, Any], dtype: DTypeLike) -> Model:
     Raises:
         BadInput: an architecture or a value that kvx does not compute.
     """
-    dtype = np.dtype(dtype)
-    if dtype not in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)):
-        raise BadInput(f"dtype={dtype.name}: expected float32, bfloat16 or float16")
+    dtype = _float_dtype(dtype)
     kind, family = _architecture(config)
     if config.get("quantization_config"):
         raise BadInput("quantization_config in config.json is not supported: expected float weights, or a GGUF file")
@@ -64,6 +63,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, dtype: DTypeLike) -> Model:
     Raises:
         BadInput: an unsupported architecture or value; a tensor that is missing, unexpected, or of a wrong shape.
     """
+    checkpoint = text_part(checkpoint)
     layers = integer(checkpoint.config, "num_hidden_layers")
     if layers > len(checkpoint.tensors):
         raise BadInput(f"num_hidden_layers={layers} in config.json, but there are {len(checkpoint.tensors)} tensors")
@@ -72,7 +72,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, dtype: DTypeLike) -> Model:
     for _, group in itertools.groupby(model.pieces(), key=lambda piece: id(piece.parameter)):
         pieces = list(group)
         parameter = pieces[0].parameter
-        array = np.empty(parameter.shape, np.dtype(dtype))
+        array = np.empty(parameter.shape, parameter.dtype)
         for piece in pieces:
             piece.write(_floats(piece, checkpoint.tensors[piece.name]), into=array)
         parameter.set_value(jnp.asarray(array))
@@ -149,6 +149,16 @@ class RandomTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape, known without making it."""
         return self._shapes[name]
+
+
+def _float_dtype(dtype: DTypeLike) -> np.dtype:
+    try:
+        known = np.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or known not in (np.float32, ml_dtypes.bfloat16, np.float16):
+        raise BadInput(f"dtype={dtype if known is None else known.name}: expected float32, bfloat16 or float16")
+    return known
 
 
 def _architecture(config: Mapping[str, Any]) -> tuple[str, type[Llama] | type[Gemma]]:

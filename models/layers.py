@@ -1,7 +1,8 @@
 """The layers that the Llama and Gemma families share: linear, RMS norm, gated MLP, token embedding.
 
 Every module is born with shapes for parameters (`jax.ShapeDtypeStruct`); `kvx.models.build` fills them. Each
-parameter names its axes in `axes`, so that sharding rules can speak of "mlp" or "kv_heads" instead of positions.
+parameter names its axes in `axes` ("vocabulary", "embed", "kv_heads", "heads" for all heads' outputs in one, "mlp",
+None for the rest), so that sharding rules need not know positions; equal names may lie on one mesh axis.
 
 How matrices lie in memory, and why: SmolLM2-135M decodes on a CPU at the speed of its weight reads, so this was
 measured (30 layers, compiled loop, float32, 2 cores, jax 0.10.2). A matrix is stored (in, *out): at one row a step

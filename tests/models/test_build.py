@@ -164,9 +164,28 @@ def test_a_tensor_that_reads_unlike_its_header_is_refused():
         model_from_checkpoint(dataclasses.replace(source, tensors=Lying(source.tensors)), jnp.float32)
 
 
-def test_an_unsupported_dtype_is_refused():
-    with pytest.raises(BadInput, match="dtype=int8: expected float32, bfloat16 or float16"):
-        random_model(LLAMA, dtype=jnp.int8)
+@pytest.mark.parametrize(("dtype", "shown"), [(jnp.int8, "int8"), ("fp32", "fp32"), (jnp.float64, "float64")])
+def test_an_unsupported_dtype_is_refused(dtype, shown):
+    with pytest.raises(BadInput, match=f"dtype={shown}: expected float32, bfloat16 or float16"):
+        random_model(LLAMA, dtype=dtype)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_multimodal_gemma_is_a_model_of_its_own(prefix):
+    plain = checkpoint(GEMMA3 | {"num_attention_heads": 8, "num_key_value_heads": 4})
+    tensors = {name.replace("model.", prefix, 1): array for name, array in plain.tensors.items()}
+    tensors["vision_tower.encoder.weight"] = tensors["multi_modal_projector.weight"] = np.ones((2, 2))
+    # A nested config leaves out what equals the defaults: here the numbers of heads.
+    inner = {key: value for key, value in GEMMA3.items() if not key.startswith(("num_attention", "num_key", "arch"))}
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": inner}
+    model = model_from_checkpoint(Checkpoint(config, ArrayTensors(tensors), None, {}), jnp.float32)
+    for ours, theirs in zip(
+        jax.tree.leaves(model), jax.tree.leaves(model_from_checkpoint(plain, jnp.float32)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert config_from_model(model)["architectures"] == ["Gemma3ForCausalLM"]
+    with pytest.raises(BadInput, match="text_config=None"):
+        model_from_checkpoint(Checkpoint(config | {"text_config": None}, ArrayTensors(), None, {}), jnp.float32)
 
 
 def test_an_abstract_model_of_8_billion_parameters_takes_no_memory():

@@ -12,9 +12,9 @@ import jax
 import torch
 import transformers
 
-from kvx.models.build import config_from_model, random_model, tensors_from_model
+from kvx.models.build import config_from_model, model_from_checkpoint, random_model, tensors_from_model
 from kvx.models.load import load, save
-from kvx.models.readers import write_checkpoint
+from kvx.models.readers import read_checkpoint, write_checkpoint
 from tests.models.reference_forward import reference_forward
 from tests.models.tiny_configs import CONFIGS
 
@@ -43,6 +43,20 @@ def test_logits_of_a_random_model_equal_the_peers(name, tmp_path):
         ours = np.asarray(jax.jit(forward)(model, tokens.astype(np.int32)))
         assert np.abs(peer).max() > 1
         assert np.abs(ours - peer).max() < TOLERANCE
+
+
+def test_the_text_part_of_a_multimodal_gemma_equals_the_peer(tmp_path):
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = {key: value for key, value in CONFIGS["gemma3"].items() if key not in ("architectures", "model_type")}
+    config = transformers.Gemma3Config(text_config=text, vision_config=tower | {"image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    peer = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    peer.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 256, (1, TOKENS))
+    with torch.no_grad():
+        theirs = peer(torch.from_numpy(tokens)).logits.numpy()
+    model = model_from_checkpoint(read_checkpoint(tmp_path), "float32")
+    assert np.abs(np.asarray(model(tokens.astype(np.int32))) - theirs).max() < TOLERANCE
 
 
 @pytest.mark.weights
