@@ -6,7 +6,7 @@ output back; the layer loop (`kvx.loop`) does everything between. Hence no metho
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -41,6 +41,7 @@ class AttentionSpec:
         return self.heads // self.kv_heads
 
 
+@runtime_checkable
 class Block(Protocol):
     """One decoder layer."""
 
@@ -62,6 +63,7 @@ class Block(Protocol):
         ...
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """A decoder-only language model as the spine uses it; an nnx.Module of `kvx.models` is one."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from kvx.buckets import bucket
@@ -41,7 +42,7 @@ class Generation:
 
 
 def decode_step(
-    model: Decoder, token: Int[Array, "B"], cache: KVCache, policy: Policy
+    model: Decoder, token: ArrayLike, cache: KVCache, policy: Policy
 ) -> tuple[Float[Array, "B N"], KVCache]:
     """Feed one token of every row; the given cache is donated and must not be used again.
 
@@ -69,10 +70,10 @@ def _decode_step(model: Decoder, token: Int[Array, "B"], cache: KVCache, policy:
 
 def generate(
     model: Decoder,
-    tokens: Int[Array, "B T"],
+    tokens: ArrayLike,
     *,
     policy: Policy | None = None,
-    lengths: Int[Array, "B"] | None = None,
+    lengths: ArrayLike | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling = Sampling(),
     stop: Sequence[int] = (),
@@ -118,7 +119,7 @@ def generate(
     )
 
 
-def stream(model: Decoder, tokens: Int[Array, "B T"], **arguments: Any) -> Iterator[Int[Array, "B"]]:
+def stream(model: Decoder, tokens: ArrayLike, **arguments: Any) -> Iterator[Int[Array, "B"]]:
     """Like `generate`, one step at a time: yields the (B,) tokens of each step, -1 for rows that have ended."""
     policy = arguments.pop("policy", None)
     policy = full_policy() if policy is None else checked_policy(policy)
@@ -138,7 +139,7 @@ def stream(model: Decoder, tokens: Int[Array, "B T"], **arguments: Any) -> Itera
 
 
 def extend(
-    model: Decoder, tokens: Int[Array, "B T"], policy: Policy, lengths: Int[Array, "B"] | None, cache: KVCache
+    model: Decoder, tokens: ArrayLike, policy: Policy, lengths: ArrayLike | None, cache: KVCache
 ) -> tuple[Float[Array, "B N"], KVCache]:
     """Feed more tokens to an existing cache through the decode path, so that every policy acts as it would there.
 
@@ -152,7 +153,7 @@ def extend(
 
 
 def teacher_forced(
-    model: Decoder, tokens: Int[Array, "B N"], cache: KVCache, policy: Policy, logits: Float[Array, "B V"]
+    model: Decoder, tokens: ArrayLike, cache: KVCache, policy: Policy, logits: Float[Array, "B V"]
 ) -> tuple[Float[Array, "B N"], KVCache]:
     """Log-probability of each given token under the cache before it, fed one by one through the decode path.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from kvx.buckets import bucket, shortest
@@ -23,9 +24,9 @@ from kvx.tokens import Tokens
 
 def prefill(
     model: Decoder,
-    tokens: Int[Array, "B T"],
+    tokens: ArrayLike,
     policy: Policy | tuple[Policy, ...],
-    lengths: Int[Array, "B"] | None = None,
+    lengths: ArrayLike | None = None,
     cache: KVCache | None = None,
     *,
     max_new_tokens: int = 128,

@@ -4,7 +4,7 @@ Every store reads as a partial softmax, so stores combine (`kvx.stores.tiers`); 
 -1, and appending a token at position -1 (a row that has ended) leaves what the store stands for unchanged.
 """
 
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -14,10 +14,11 @@ from kvx.query import Query
 from kvx.tokens import Tokens
 
 
+@runtime_checkable
 class Store(Protocol):
     """What the layer loop, policies and reports ask of a store. Slots are numbered as `dense()` shows them."""
 
-    def append(self, tokens: Tokens) -> Self:
+    def append(self, tokens: Tokens) -> "Store":
         """With one more token per KV head, written to a slot that is empty; positions of -1 write nothing."""
         ...
 
@@ -29,7 +30,7 @@ class Store(Protocol):
         """Probability of every slot under `lse`, which may span other stores too; 0 where empty."""
         ...
 
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> Self:
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Store":
         """Free the weakest unit of eviction of every head that is over its budget by at least a unit.
 
         Args:
@@ -56,7 +57,7 @@ class Store(Protocol):
         """Statistics by slot."""
         ...
 
-    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> Self:
+    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Store":
         """The same store with these statistics."""
         ...
 
