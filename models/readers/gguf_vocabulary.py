@@ -6,7 +6,7 @@ first; the merges are rebuilt from the scores. (Reading the latter as a Unigram 
 gives other tokens.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -208,9 +208,7 @@ def _sentencepiece(keys: _TokenizerKeys, special: Mapping[str, Any]) -> dict[str
     )
 
 
-def merges_by_score(
-    tokens: Sequence[str], scores: np.ndarray, types: Sequence[int], file: str
-) -> list[tuple[str, str]]:
+def merges_by_score(tokens: list[str], scores: np.ndarray, types: list[int], file: str) -> list[tuple[str, str]]:
     """The merges of a SentencePiece BPE vocabulary, best first.
 
     SentencePiece has no merge list: of all neighbours whose concatenation is a token, the pair with the highest score

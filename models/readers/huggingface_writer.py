@@ -47,7 +47,7 @@ def write_checkpoint(
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BadInput(f"path is {str(path)!r}, which exists: allowed is a new name or an empty directory")
-    config = with_plain_rope_factors(config)
+    settings = with_plain_rope_factors(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -57,13 +57,13 @@ def write_checkpoint(
         os.chmod(folder, 0o777 & ~_umask())
         dtypes = _write_weights(folder, tensors, shard_bytes)
         if len(dtypes) == 1 and (dtype := dtypes.pop()) in _DTYPE_NAMES:
-            config["torch_dtype"] = dtype
-        _write_json(folder / "config.json", config)
+            settings["torch_dtype"] = dtype
+        _write_json(folder / "config.json", settings)
         if tokenizer is not None:
             _write_json(folder / "tokenizer.json", tokenizer)
-            _write_json(folder / "tokenizer_config.json", _tokenizer_config(config, special))
+            _write_json(folder / "tokenizer_config.json", _tokenizer_config(settings, special))
         if ends := special.get("eos_token_ids"):
-            _write_json(folder / "generation_config.json", _generation_config(config, ends))
+            _write_json(folder / "generation_config.json", _generation_config(settings, ends))
         os.replace(folder, path)
     except OSError as error:
         raise BadInput(f"path is {str(path)!r}, which cannot be written: {error.strerror}") from None

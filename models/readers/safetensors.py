@@ -9,7 +9,7 @@ import math
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -155,5 +155,5 @@ def _described(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-def _naturals(values: Any) -> bool:
+def _naturals(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
