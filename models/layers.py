@@ -2,7 +2,7 @@
 
 Every module is born with shapes for parameters (`jax.ShapeDtypeStruct`); `kvx.models.build` fills them. Each
 parameter names its axes in `axes` ("vocabulary", "embed", "kv_heads", "heads" for all heads' outputs in one, "mlp",
-None for the rest), so that sharding rules need not know positions; equal names may lie on one mesh axis.
+None for the rest), so that sharding rules need not know positions.
 
 How matrices lie in memory, and why: SmolLM2-135M decodes on a CPU at the speed of its weight reads, so this was
 measured (30 layers, compiled loop, float32, 2 cores, jax 0.10.2). A matrix is stored (in, *out): at one row a step

@@ -1,9 +1,13 @@
 """Claims about the Llama family: its identities, and that a model is a pytree that plain JAX can use."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvx.errors import BadInput
 from kvx.models.build import abstract_model, random_model
@@ -145,6 +149,33 @@ def test_frequencies_are_leaves_that_are_not_parameters():
     model = random_model(LLAMA)
     variables = jax.tree.leaves(model.blocks[0], is_leaf=lambda x: isinstance(x, RotaryConstant))
     assert sum(isinstance(variable, RotaryConstant) for variable in variables) == 1
+
+
+def test_a_block_sharded_by_heads_talks_only_to_add_up_its_outputs():
+    """Fused q, k, v and gate, up keep their parts on separate axes: splitting them moves nothing between devices."""
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices (XLA_FLAGS=--xla_force_host_platform_device_count=8)")
+    mesh = Mesh(np.asarray(jax.devices()[:4]), "tensor")
+
+    def sharded(variable):
+        names = getattr(variable, "axes", None) or (None,) * variable.ndim
+        spec = PartitionSpec(*("tensor" if name in ("kv_heads", "heads", "mlp") else None for name in names))
+        placed = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=NamedSharding(mesh, spec))
+        return variable.replace(placed)
+
+    config = LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 4, "attention_bias": True}
+    block = abstract_model(config, jnp.float32).blocks[0]
+    block = jax.tree.map(sharded, block, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    x = jax.ShapeDtypeStruct((1, 6, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def layer(block, x):
+        q, k, v = block.project(x)
+        return block.finish(x, q * (k * v).repeat(2, axis=2))
+
+    text = jax.jit(layer).lower(block, x).compile().as_text()
+    moves = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+    counts = {move: len(re.findall(rf" {move}(?:-start)?\(", text)) for move in moves}
+    assert counts == {"all-gather": 0, "all-to-all": 0, "collective-permute": 0, "all-reduce": 2}
 
 
 def test_bfloat16_stays_bfloat16_inside_and_float32_outside():

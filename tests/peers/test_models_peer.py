@@ -9,6 +9,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import jax
+import jax.numpy as jnp
 import torch
 import transformers
 
@@ -56,7 +57,7 @@ def test_the_text_part_of_a_multimodal_gemma_equals_the_peer(tmp_path):
     with torch.no_grad():
         theirs = peer(torch.from_numpy(tokens)).logits.numpy()
     model = model_from_checkpoint(read_checkpoint(tmp_path), "float32")
-    assert np.abs(np.asarray(model(tokens.astype(np.int32))) - theirs).max() < TOLERANCE
+    assert np.abs(np.asarray(model(jnp.asarray(tokens, jnp.int32))) - theirs).max() < TOLERANCE
 
 
 @pytest.mark.weights
@@ -71,7 +72,7 @@ def test_logits_of_real_weights_equal_the_peers(name, tmp_path):
     text = " ".join(pydoc_data.topics.topics["assignment"].split())
     tokens = np.asarray([tokenizer.encode(text)[:640]])
     peer = peer_logits(tmp_path / "model", tokens, last=16 if name.startswith("gemma") else 0)
-    hidden = reference_forward(Headless(model), tokens.astype(np.int32))
+    hidden = reference_forward(Headless(model), jnp.asarray(tokens, jnp.int32))
     ours = np.asarray(model.unembed(hidden[:, -peer.shape[1] :]))
     assert np.abs(peer).max() > 5
     assert np.abs(ours - peer).max() < TOLERANCE
