@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvx.buckets import bucket
 from kvx.cache import ENDLESS, KVCache
@@ -234,7 +234,7 @@ def _stream_step(model, policy, cache, token, done, rule, keys, said):
     return token, cache, said
 
 
-def _choose(logits, rule: Sampling, keys: PRNGKeyArray, positions, said):
+def _choose(logits, rule: Sampling, keys: Key[Array, "B"], positions, said):
     """A token for every row, and what the text then holds."""
     token = next_token(logits, rule, keys, positions, said)
     return token, said if said is None else said.at[jnp.arange(len(token)), token].set(True)
@@ -259,7 +259,7 @@ def _stops(model: Decoder, stop: Sequence[int]) -> Int[Array, "K"]:
     return jnp.asarray([*stop, *[-1] * (width - len(stop))], jnp.int32)
 
 
-def _keys(seed: int | Sequence[int], batch: int) -> PRNGKeyArray:
+def _keys(seed: int | Sequence[int], batch: int) -> Key[Array, "B"]:
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), (batch,))
     return jax.vmap(jax.random.key)(jnp.asarray(seeds))
 

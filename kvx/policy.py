@@ -51,13 +51,30 @@ class Context:
     Attributes:
         layer: index of the layer, traced, so that equal layers share one compiled body.
         lengths: length of each row's whole prompt, also while only a part of it has been seen.
-        plan: this layer's share of a decision over all layers (`Stage.plan`); None for stages that decide by layer.
+        plan: this stage's and layer's share of a decision over all layers (`Stage.plan`); None if it decides by layer.
+        storage: what earlier layers' stores put into the cache, for stores that share arrays.
     """
 
     layer: Int[Array, ""]
     lengths: Int[Array, "B"]
     spec: Spec = static()
     plan: Any = None
+    storage: tuple[Any, ...] = ()
+
+
+@pytree
+class Activations:
+    """A sample of what one layer computes, for calibration: N tokens of many texts, the same for every head.
+
+    Attributes:
+        queries: rotated, R query heads for each KV head.
+        keys: rotated.
+        values: values.
+    """
+
+    queries: Float[Array, "G R N D"]
+    keys: Float[Array, "G N D"]
+    values: Float[Array, "G N V"]
 
 
 class Stage:
@@ -69,6 +86,7 @@ class Stage:
         renumber: positions are assigned by place in the cache instead of by place in the text.
         decides: "layer" (inside the layer loop) or "end" (when the evidence of all layers is known).
         stores: it answers `pack`, so that nothing can follow it in a chain.
+        learns: it has arrays that `kvx.calibrate` fills.
         append_only: its store cannot free slots for reuse, so that nothing that evicts at every step can precede it.
     """
 
@@ -77,6 +95,7 @@ class Stage:
     renumber: bool = False
     decides: str = "layer"
     stores: bool = False
+    learns: bool = False
     append_only: bool = False
 
     def at(self, layer: int, layers: int) -> "Stage | None":
@@ -121,8 +140,12 @@ class Stage:
         """After a decode step has attended: update statistics, choose and free the next victim."""
         return store, state
 
-    def calibrate(self, samples: Any) -> "Stage":
-        """With its learned arrays filled from samples of activations (`kvx.calibrate`)."""
+    def digest(self, activations: Activations) -> Any:
+        """For `learns`: what calibration keeps of one layer's activations; traced, layer by layer."""
+        return None
+
+    def calibrate(self, digests: list[Any]) -> "Stage":
+        """With its learned arrays filled from every layer's digest (`kvx.calibrate`)."""
         return self
 
 
@@ -209,8 +232,8 @@ class Policy:
         """What stays of the tokens at hand, and each stage's state."""
         tokens = self.stats(tokens, evidence, context)
         mask, states = tokens.present, []
-        for stage in self.stages:
-            tokens, mask, state = stage.keep(tokens, mask, evidence, context)
+        for stage, here in zip(self.stages, self._contexts(context), strict=True):
+            tokens, mask, state = stage.keep(tokens, mask, evidence, here)
             states.append(state)
         return tokens, mask, tuple(states)
 
@@ -220,9 +243,17 @@ class Policy:
         # Only statistics that a decode step will go on with travel into the store.
         lasting = {name for stage in self.stages for name in stage.stats(tokens, None, context)}
         tokens = replace(tokens, stats={name: tokens.stats[name] for name in sorted(lasting)})
-        packed = [stage.pack(tokens, mask, slots, evidence, context) for stage in self.stages]
+        packed = [
+            stage.pack(tokens, mask, slots, evidence, here)
+            for stage, here in zip(self.stages, self._contexts(context), strict=True)
+        ]
         answers = [store for store in packed if store is not None]
         return Layer(answers[-1] if answers else Dense.pack(tokens.with_form(self.rotated), mask, slots), states)
+
+    def _contexts(self, context: Context) -> list[Context]:
+        """Each stage's own share of what was planned over all layers."""
+        plans = context.plan or (None,) * len(self.stages)
+        return [replace(context, plan=plan) for plan in plans]
 
     def step(self, layer: Layer, evidence: Evidence, context: Context) -> Layer:
         """One layer's cache after a decode step has attended."""

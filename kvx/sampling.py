@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvx.errors import BadInput
 from kvx.parts.amounts import fraction, whole
@@ -60,7 +60,7 @@ def sampling(
 def next_token(
     logits: Float[Array, "B N"],
     rule: Sampling,
-    seeds: PRNGKeyArray,
+    seeds: Key[Array, "B"],
     positions: Int[Array, "B"],
     said: Bool[Array, "B N"] | None,
 ) -> Int[Array, "B"]:

@@ -4,13 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kvx.evidence import Evidence, Requests
 from kvx.parts.amounts import Amount
 from kvx.parts.losers import Drop
 from kvx.parts.ranking import top
-from kvx.policy import Context, Spec, Stage
+from kvx.policy import Activations, Context, Spec, Stage
 from kvx.pytree import pytree, static
 from kvx.tokens import Tokens
 
@@ -47,11 +47,30 @@ class Evict(Stage):
     def at(self, layer: int, layers: int) -> "Evict | None":
         return None if layer in {index % layers for index in self.skip} else self
 
-    def observe(self, prefill: bool) -> Requests:
-        return self.score.observe(prefill) if prefill or self.every_step else Requests()
+    @property
+    def decides(self) -> str:  # type: ignore[override]
+        return self.budget.decides
 
-    def calibrate(self, samples: Any) -> "Evict":
-        return replace(self, score=self.score.calibrate(samples))
+    def measure(self, tokens: Tokens, evidence: Evidence) -> Any:
+        return self.budget.measure(tokens, evidence)
+
+    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
+        return self.budget.allocate(measures, spec, lengths)
+
+    def observe(self, prefill: bool) -> Requests:
+        if prefill:
+            return self.score.observe(prefill) | self.budget.observe()
+        return self.score.observe(prefill) if self.every_step else Requests()
+
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        return self.score.learns
+
+    def digest(self, activations: Activations) -> Any:
+        return self.score.digest(activations)
+
+    def calibrate(self, digests: list[Any]) -> "Evict":
+        return replace(self, score=self.score.calibrate(digests))
 
     def capacity(self, spec: Spec, layer: int) -> int:
         self.score.check(spec)

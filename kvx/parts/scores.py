@@ -4,13 +4,14 @@ A score names the evidence it reads, the statistics it keeps with each token, ho
 tokens rank. Query heads of a group reduce by a named reducer, before pooling.
 """
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvx.evidence import Evidence, Requests
-from kvx.policy import Context, Spec
+from kvx.errors import BadInput
+from kvx.policy import Activations, Context, Spec
 from kvx.pytree import pytree, static
 from kvx.tokens import Tokens
 
@@ -19,7 +20,13 @@ GROUPS = {"mean": jnp.mean, "max": jnp.max, "sum": jnp.sum}
 
 
 class Score(Protocol):
-    """One notion of a token's worth."""
+    """One notion of a token's worth.
+
+    Class attributes:
+        learns: it has arrays that `kvx.calibrate` fills.
+    """
+
+    learns: bool = False
 
     def observe(self, prefill: bool) -> Requests:
         """Evidence it reads."""
@@ -37,8 +44,12 @@ class Score(Protocol):
         """The score."""
         ...
 
-    def calibrate(self, samples: Any) -> "Score":
-        """With its learned arrays filled (`kvx.calibrate`)."""
+    def digest(self, activations: Activations) -> Any:
+        """For `learns`: what calibration keeps of one layer's activations; traced, layer by layer."""
+        return None
+
+    def calibrate(self, digests: list[Any]) -> "Score":
+        """With its learned arrays filled from every layer's digest (`kvx.calibrate`)."""
         return self
 
     def check(self, spec: Spec) -> None:
@@ -123,6 +134,27 @@ class Projection(Score):
     """
 
     directions: Float[Array, "L G D"] | None = None
+    learns: ClassVar[bool] = True
+
+    def digest(self, activations: Activations) -> Float[Array, "G D"]:
+        # Not normalised again: heads that disagree make a shorter filter, as in the paper.
+        return jnp.mean(query_directions(activations.queries), axis=1)
+
+    def calibrate(self, digests: list[Float[Array, "G D"]]) -> "Projection":
+        return Projection(jnp.stack(digests))
+
+    def check(self, spec: Spec) -> None:
+        wanted = (spec.layers, spec.attention.kv_heads, spec.attention.key_dim)
+        if self.directions is None:
+            raise BadInput(
+                "q_filters is not calibrated: its directions are None; allowed: kvx.calibrate(policy, model, batches) "
+                "first, or kvx.load_policy(path)"
+            )
+        if self.directions.shape != wanted:
+            raise BadInput(
+                f"q_filters was calibrated for another model: its directions have shape {self.directions.shape}; "
+                f"allowed: {wanted} (layers, KV heads, head dim)"
+            )
 
     def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
         assert self.directions is not None, "checked when the policy is used"
@@ -132,6 +164,21 @@ class Projection(Score):
 
     def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
         return tokens.stats["projection"]
+
+
+def query_directions(queries: Float[Array, "*heads N D"]) -> Float[Array, "*heads D"]:
+    """The unit direction along which each head's queries lie, pointing the way most of them do.
+
+    The first right singular vector of the uncentred queries (centring would remove the mean, which is the signal),
+    as the top eigenvector of their D x D second moment; its sign by majority, then by the sum where votes tie.
+    """
+    queries = queries.astype(jnp.float32)
+    moment = jnp.einsum("...nd,...ne->...de", queries, queries, precision="highest") / queries.shape[-2]
+    direction = jnp.linalg.eigh(moment)[1][..., -1]
+    along = jnp.einsum("...nd,...d->...n", queries, direction)
+    votes, total = jnp.sum(jnp.sign(along), axis=-1), jnp.sum(along, axis=-1)
+    sign = jnp.where(jnp.where(votes == 0, total, votes) < 0, -1.0, 1.0)
+    return direction * sign[..., None]
 
 
 def pool(scores: Float[Array, "B G T"], kernel: int, pooling: str) -> Float[Array, "B G T"]:
