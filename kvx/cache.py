@@ -4,7 +4,6 @@ from typing import Any
 
 from jaxtyping import Array, Int
 
-from kvx.policy import Layer
 from kvx.pytree import pytree
 from kvx.stores.base import nbytes
 
@@ -14,22 +13,26 @@ ENDLESS = 2**31 - 1
 
 @pytree
 class KVCache:
-    """Every layer's store and policy state, each row's next true position, and the room that is left.
+    """Storage, the map from layers to it, policy states, and each row's next true position.
 
     Attributes:
-        entries: one per layer.
+        storage: stores and pools; layers may share one.
+        places: where each layer's store lives in the storage.
+        states: what each layer's policy stages carry between steps.
         next: the true position of the next token of each row.
         room: decode steps for which there are slots; `ENDLESS` under a bounded policy.
     """
 
-    entries: tuple[Layer, ...]
+    storage: tuple[Any, ...]
+    places: tuple[Any, ...]
+    states: tuple[tuple[Any, ...], ...]
     next: Int[Array, "B"]
     room: Int[Array, ""]
 
     @property
     def layers(self) -> tuple[Any, ...]:
         """Every layer's store: `.positions()`, `.dense()`, `.stats`."""
-        return tuple(entry.store for entry in self.entries)
+        return tuple(where.load(self.storage) for where in self.places)
 
     @property
     def nbytes(self) -> int:

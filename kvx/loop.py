@@ -1,6 +1,5 @@
 """The layer loop: project, attend, compress, finish. Everything between a model's pure functions happens here."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -133,21 +132,25 @@ def decode(
     x = model.embed(token[:, None])
     positions = jnp.where(active, cache.next, -1)[:, None]
     layers = len(model.blocks)
-    entries = []
-    for index, (block, entry) in enumerate(zip(model.blocks, cache.entries, strict=True)):
+    storage, states = cache.storage, []
+    for index, (block, where) in enumerate(zip(model.blocks, cache.places, strict=True)):
         spec = Spec(block.spec, layers, prompt=0, shortest=0, room=0)
         context = Context(jnp.int32(index), cache.next, spec)
         here = policy.at(index, layers)
         query, fresh = project(block, x, positions)
-        store = entry.store.append(here.stats(fresh, None, context))
+        store = where.load(storage).append(here.stats(fresh, None, context))
         part = store.read(query)
         wanted = here.observe(prefill=False)
         rows = store.probabilities(query, part.lse) if wanted.rows else None
         evidence = Evidence(seen=cache.next + active, rows=rows, query=query)
-        entries.append(here.step(replace(entry, store=store), evidence, context))
+        after = here.step(Layer(store, cache.states[index]), evidence, context)
+        storage = where.save(storage, after.store)
+        states.append(after.states)
         x = block.finish(x, to_heads(part.out).astype(x.dtype))
     taken = jnp.where(cache.room == ENDLESS, 0, 1)
-    return model.unembed(x[:, 0]), KVCache(tuple(entries), cache.next + active, cache.room - taken)
+    return model.unembed(x[:, 0]), KVCache(
+        storage, cache.places, tuple(states), cache.next + active, cache.room - taken
+    )
 
 
 def forward(

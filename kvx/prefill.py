@@ -18,7 +18,8 @@ from kvx.evidence import Evidence, Requests
 from kvx.inputs import checked_policy, checked_prompt, traced
 from kvx.loop import attend, last_logits, pack_layer
 from kvx.parts.amounts import whole
-from kvx.policy import Context, Layer, Policy, Spec
+from kvx.places import place
+from kvx.policy import Context, Policy, Spec
 from kvx.tokens import Tokens
 
 
@@ -97,41 +98,51 @@ class _Plan:
         self.slots = [each.slots(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))]
         self.capacities = [each.capacity(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))]
         self.policy = policy
-        self.entries: list[Layer] = []
-        self.held: list[tuple[Tokens, Evidence]] = []
+        self.storage: tuple[Any, ...] = ()
+        self.places: list[Any] = []
+        self.states: list[tuple[Any, ...]] = []
+        self.held: list[Any] = []
 
     def take(self, layer: int, tokens: Tokens, evidence: Evidence, lengths: Int[Array, "B"]) -> None:
         """This layer's tokens and evidence are complete."""
         if self.policy.decides == "end":
             self.held.append((tokens, evidence))
         else:
-            self.entries.append(self._compress(layer, tokens, evidence, lengths, None))
+            self._pack(layer, tokens, evidence, lengths, None)
 
     def finish(self, lengths: Int[Array, "B"]) -> KVCache:
         """The cache, once every layer is in."""
         if self.held:
-            shares = _end_plan(self.policy, self.held, self.specs[0], lengths)
-            for layer, share in enumerate(shares):
+            shares = _plan_over_layers(self.policy, self.held, self.specs[0], lengths)
+            for layer in range(len(self.held)):
                 tokens, evidence = self.held[layer]
-                self.entries.append(self._compress(layer, tokens, evidence, lengths, share))
-        endless = self.policy.bounded
-        return KVCache(tuple(self.entries), lengths, jnp.int32(ENDLESS if endless else self.specs[0].room))
+                self.held[layer] = None  # each layer's full keys and values go as soon as they are packed
+                self._pack(layer, tokens, evidence, lengths, shares[layer])
+        room = ENDLESS if self.policy.bounded else self.specs[0].room
+        return KVCache(self.storage, tuple(self.places), tuple(self.states), lengths, jnp.int32(room))
 
-    def _compress(self, layer, tokens, evidence, lengths, share) -> Layer:
-        context = Context(jnp.int32(layer), lengths, self.specs[layer], share)
-        return pack_layer(
+    def _pack(self, layer: int, tokens: Tokens, evidence: Evidence, lengths: Int[Array, "B"], plan: Any) -> None:
+        shared = tuple(self.storage[slot] for slot in sorted({where.slot for where in self.places if where.shared}))
+        context = Context(jnp.int32(layer), lengths, self.specs[layer], plan, shared)
+        entry = pack_layer(
             self.policies[layer], tokens, evidence, context, slots=self.slots[layer], dtype=self.dtype
         )
+        where, self.storage = place(entry.store, self.storage)
+        self.places.append(where)
+        self.states.append(entry.states)
 
 
 @partial(jax.jit, static_argnames=("spec",))
-def _end_plan(policy: Policy, held: list[tuple[Tokens, Evidence]], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
-    """Every layer's share of what the policy's stages decide over all layers."""
-    shares: list[Any] = [()] * len(held)
+def _plan_over_layers(
+    policy: Policy, held: list[tuple[Tokens, Evidence]], spec: Spec, lengths: Int[Array, "B"]
+) -> list[tuple[Any, ...]]:
+    """For every layer, each acting stage's share of what it decides over the layers where it acts."""
+    shares: list[tuple[Any, ...]] = [()] * len(held)
     for stage in policy.stages:
-        measures = [stage.measure(tokens, evidence) for tokens, evidence in held]
-        planned = stage.plan(measures, spec, lengths)
-        shares = [(*share, one) for share, one in zip(shares, planned, strict=True)]
+        acting = [layer for layer in range(len(held)) if stage.at(layer, len(held)) is not None]
+        planned = stage.plan([stage.measure(*held[layer]) for layer in acting], spec, lengths)
+        for layer, share in zip(acting, planned, strict=True):
+            shares[layer] = (*shares[layer], share)
     return shares
 
 

@@ -1,20 +1,40 @@
 """Budgets: how many slots each layer and head gets (grid 1, second column). Sinks and windows are included."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvx.errors import BadInput
+from kvx.evidence import Evidence, Requests
 from kvx.parts.amounts import Amount, Slots
 from kvx.parts.ranking import ranks
 from kvx.policy import Context, Spec
 from kvx.pytree import pytree, static
+from kvx.tokens import Tokens
 
 
 class Budget(Protocol):
-    """Splits an amount over layers and heads; the total over them is conserved."""
+    """Splits an amount over layers and heads; the total over them is conserved.
+
+    Class attributes:
+        decides: "layer", or "end" for a split that needs every layer's measure.
+    """
+
+    decides: str = "layer"
+
+    def observe(self) -> Requests:
+        """Evidence that the measure of a layer reads."""
+        return Requests()
+
+    def measure(self, tokens: Tokens, evidence: Evidence) -> Any:
+        """What a layer contributes to the split over layers."""
+        return None
+
+    def allocate(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
+        """Each layer's part of the split; it comes back to `counts` as `context.plan`."""
+        return [None] * len(measures)
 
     def capacity(self, spec: Spec, layer: int) -> int:
         """The most slots one head of this layer may get for any admissible prompt length: a static shape."""

@@ -3,7 +3,7 @@
 from dataclasses import field, replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.merge_partials import Partial
@@ -65,6 +65,15 @@ class Dense:
         """One token a head, "no token" where not `when`."""
         return self.tokens().take(slot[..., None], when[..., None])
 
+    def write(self, slot: Int[Array, "B G"], tokens: Tokens, when: Bool[Array, "B G"]) -> "Dense":
+        """One token a head overwritten where `when`; its position and statistics stay."""
+        target = jnp.where(when, slot, self.slots.shape[-1])
+        return replace(
+            self,
+            keys=write_slot(self.keys, target, tokens.with_form(self.rotated).keys[:, :, 0]),
+            values=write_slot(self.values, target, tokens.values[:, :, 0]),
+        )
+
     def tokens(self) -> Tokens:
         return Tokens(self.keys, self.values, self.slots, self.rotary, self.stats, self.rotated)
 
@@ -87,7 +96,9 @@ def first_empty(slots: Int[Array, "B G C"]) -> Int[Array, "B G"]:
     return jnp.min(jnp.where(slots < 0, jnp.arange(capacity), capacity), axis=-1)
 
 
-def write_slot(array: Float[Array, "B G C *rest"] | Int[Array, "B G C"], slot: Int[Array, "B G"], value) -> Array:
+def write_slot(
+    array: Shaped[Array, "B G C *rest"], slot: Int[Array, "B G"], value: Shaped[Array, "B G *rest"]
+) -> Shaped[Array, "B G C *rest"]:
     """One row a head overwritten in place.
 
     A scatter with unique, sorted indices is the form of which XLA on CPU makes no copy of the cache, where
