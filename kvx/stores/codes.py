@@ -1,7 +1,6 @@
 """Arrays of low-bit codes by slot: keys whose groups run along tokens, values whose groups run along channels."""
 
 from dataclasses import replace
-from typing import Self
 
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, UInt32
@@ -36,7 +35,7 @@ class ChannelCodes:
         wide = codes * _row(self.scale) + _row(self.minimum)
         return wide.reshape(*wide.shape[:2], -1, wide.shape[-1])
 
-    def write(self, blocks: Int[Array, "B G m"], codes: Self) -> Self:
+    def write(self, blocks: Int[Array, "B G m"], codes: "ChannelCodes") -> "ChannelCodes":
         """With the blocks of `codes` at these indices, ascending; an index beyond the last writes nothing."""
         return replace(
             self,
@@ -67,7 +66,7 @@ class TokenCodes:
         runs = codes.reshape(*self.scale.shape, -1)
         return dequantize(runs, self.scale, self.minimum).reshape(codes.shape)
 
-    def write(self, slots: Int[Array, "B G m"], codes: Self) -> Self:
+    def write(self, slots: Int[Array, "B G m"], codes: "TokenCodes") -> "TokenCodes":
         """With the rows of `codes` in these slots, ascending; a slot beyond the last writes nothing."""
         return replace(
             self,
