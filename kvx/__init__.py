@@ -2,10 +2,14 @@
 
 from kvx import policies
 from kvx.cache import KVCache
+from kvx.calibrate import calibrate
+from kvx.compilation_cache import enable_compilation_cache
 from kvx.errors import BadInput
 from kvx.generate import Generation, decode_step, generate, stream, teacher_forced
 from kvx.policies.registry import policy
 from kvx.policy import Policy, chain
+from kvx.policy_files import load_policy, save_policy
+from kvx.policy_text import parse_policy
 from kvx.prefill import prefill
 from kvx.sampling import Sampling, sampling
 
@@ -15,15 +19,20 @@ __all__ = [
     "KVCache",
     "Policy",
     "Sampling",
+    "calibrate",
     "chain",
     "decode_step",
+    "enable_compilation_cache",
     "generate",
     "load",
+    "load_policy",
+    "parse_policy",
     "policies",
     "policy",
     "prefill",
     "sampling",
     "save",
+    "save_policy",
     "stream",
     "teacher_forced",
 ]

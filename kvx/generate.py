@@ -120,14 +120,20 @@ def generate(
 
 
 def stream(model: Decoder, tokens: ArrayLike, **arguments: Any) -> Iterator[Int[Array, "B"]]:
-    """Like `generate`, one step at a time: yields the (B,) tokens of each step, -1 for rows that have ended."""
+    """Like `generate`, one step at a time: yields the (B,) tokens of each step, -1 for rows that have ended.
+
+    Args:
+        arguments: those of `generate`, and `start`: the logits and cache that `kvx.prefill` gave for `tokens`, so that
+            the caller may look at the cache first; it is donated.
+    """
     policy = arguments.pop("policy", None)
     policy = full_policy() if policy is None else checked_policy(policy)
     count = whole(arguments.pop("max_new_tokens", 64), "max_new_tokens", least=1)
     rule, lengths = arguments.pop("sampling", Sampling()), arguments.pop("lengths", None)
     stops, keys = _stops(model, arguments.pop("stop", ())), _keys(arguments.pop("seed", 0), len(tokens))
     said = _said(model, np.asarray(tokens), lengths) if rule.repetition_penalty is not None else None
-    logits, cache = prefill(model, tokens, policy, lengths, max_new_tokens=count, **arguments)
+    start = arguments.pop("start", None)
+    logits, cache = start or prefill(model, tokens, policy, lengths, max_new_tokens=count, **arguments)
     done = jnp.zeros(len(tokens), bool)
     token, said = _choose(logits, rule, keys, cache.next, said)
     for index in range(count):

@@ -1,0 +1,60 @@
+"""The command line: `kvx fetch | generate | compare | policies`. One file per command; heavy imports happen in them."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from kvx.cli.compare import compare
+from kvx.cli.fetch import fetch
+from kvx.cli.generate import generate
+from kvx.cli.policies import policies
+from kvx.errors import BadInput
+
+BAD_INPUT = 2
+"""Exit status of input that kvx refuses, with one line on stderr."""
+
+app = typer.Typer(
+    name="kvx",
+    help="KV-cache compression for JAX: which policy keeps quality in the fewest bytes?",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (fetch, generate, compare, policies):
+    app.command()(_command)
+
+# What click calls UsageError and ClickException, wherever this version of typer keeps them.
+_Refusal = typer.BadParameter.__bases__[0].__bases__[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Status 0; 2 and one line on stderr for bad input; 130 when interrupted. Anything else that goes wrong is a bug and
+    keeps its traceback.
+
+    Args:
+        arguments: None: those of the process.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = typer.main.get_command(app).main(given, prog_name="kvx", standalone_mode=False)
+    except BadInput as error:
+        sys.exit(_refused(str(error)))
+    except _Refusal as error:
+        message = error.format_message()
+        if not given or not message.strip():  # `kvx` alone has printed its help
+            sys.exit(BAD_INPUT)
+        sys.exit(_refused(message))
+    except (typer.Abort, KeyboardInterrupt):
+        print("kvx: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refused(message: str) -> int:
+    print("kvx: error: " + " ".join(message.split()), file=sys.stderr)
+    return BAD_INPUT
