@@ -42,7 +42,7 @@ class Share:
 
     def most(self, prompt: int) -> int:
         """Slots for the longest prompt of `prompt` tokens."""
-        return int(self._floor(np.asarray(prompt)))
+        return int(self._floor(np.asarray([prompt]))[0])
 
     def _floor(self, lengths: np.ndarray) -> np.ndarray:
         return np.maximum(1, np.floor(self.share * lengths + 1e-9)).astype(np.int64)
@@ -99,6 +99,6 @@ def one_of(value: object, name: str, known: tuple) -> object:
     Raises:
         BadInput: not one of `known`.
     """
-    if value not in known or isinstance(value, bool):
+    if value not in known or isinstance(value, (bool, float)):  # 2.0 == 2, but would compile and label anew
         raise BadInput(f"{name}={value!r} is not offered; allowed: {', '.join(map(str, known))}")
     return value

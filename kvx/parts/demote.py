@@ -1,0 +1,118 @@
+"""The stage that keeps everything: what another stage would evict goes to low bits instead (grid 1, losers)."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvx.evidence import Evidence, Requests
+from kvx.parts.balance import balance
+from kvx.parts.evict import Evict
+from kvx.policy import Activations, Context, Spec, Stage, round_up
+from kvx.pytree import pytree, static
+from kvx.stores.coded import Code, Coded
+from kvx.stores.dense import Dense
+from kvx.stores.tiers import Tiers
+from kvx.tokens import Tokens
+
+HIGH = "high"
+"""The statistic that carries the choice of tier from `keep` to `pack`."""
+
+
+@pytree
+class Demote(Stage):
+    """Two tiers a head: the tokens that `host` keeps at full precision, the others in low bits.
+
+    An eviction stage serves as it is: it chooses and evicts on the first tier alone, and what leaves there arrives in
+    the second. Tokens in low bits are never promoted, since their precision is gone; so nobody tracks their scores.
+
+    Attributes:
+        host: the selection; its budget is the first tier's.
+        code: how the second tier writes keys and values.
+        balanced: balance key channels against the prompt's queries before coding.
+    """
+
+    host: Evict
+    code: Code = static()
+    balanced: bool = static(True)
+    stores = True
+    append_only = True
+
+    def at(self, layer: int, layers: int) -> "Demote | None":
+        host = self.host.at(layer, layers)
+        return None if host is None else replace(self, host=host)
+
+    @property
+    def decides(self) -> str:  # type: ignore[override]
+        return self.host.decides
+
+    def measure(self, tokens: Tokens, evidence: Evidence) -> Any:
+        return self.host.measure(tokens, evidence)
+
+    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
+        return self.host.plan(measures, spec, lengths)
+
+    def observe(self, prefill: bool) -> Requests:
+        return self.host.observe(prefill) | Requests(query=prefill and self.balanced)
+
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        return self.host.learns
+
+    def digest(self, activations: Activations) -> Any:
+        return self.host.digest(activations)
+
+    def calibrate(self, digests: list[Any]) -> "Demote":
+        return replace(self, host=self.host.calibrate(digests))
+
+    def capacity(self, spec: Spec, layer: int) -> None:
+        self.host.capacity(spec, layer)
+        self.code.check(spec.attention.key_dim, "keys")
+        self.code.check(spec.attention.value_dim, "values")
+
+    def stats(
+        self, tokens: Tokens, evidence: Evidence | None, context: Context
+    ) -> dict[str, Float[Array, "B G T"]]:
+        unknown = jnp.zeros(tokens.positions.shape, jnp.float32)
+        return {**self.host.stats(tokens, evidence, context), HIGH: unknown}
+
+    def keep(
+        self, tokens: Tokens, mask: Bool[Array, "B G T"], evidence: Evidence, context: Context
+    ) -> tuple[Tokens, Bool[Array, "B G T"], Any]:
+        tokens, kept, state = self.host.keep(tokens, mask, evidence, context)
+        return replace(tokens, stats={**tokens.stats, HIGH: kept.astype(jnp.float32)}), mask, state
+
+    def pack(
+        self, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, evidence: Evidence, context: Context
+    ) -> Tiers:
+        tokens = tokens.with_form(rotated=True)
+        stats = dict(tokens.stats)
+        high = stats.pop(HIGH) > 0
+        first = Dense.pack(replace(tokens, stats=stats), mask & high, min(self._slots(context.spec), capacity))
+        factors = self._factors(tokens, evidence) if self.balanced else None
+        rest = replace(tokens, stats={})
+        return Tiers.moving(first, Coded.pack(rest, mask & ~high, capacity, code=self.code, balance=factors))
+
+    def step(self, store: Tiers, state: Any, evidence: Evidence, context: Context) -> tuple[Any, Any]:
+        first = store.tiers[0]
+        if evidence.rows is not None:
+            evidence = replace(evidence, rows=evidence.rows[..., : store.sizes[0]])
+        first, state = self.host.step(first, state, evidence, context)
+        return store.demote(first), state
+
+    def _slots(self, spec: Spec) -> int:
+        """Slots of the first tier: two beyond the host's budget, for the new token and the one that moves when it comes.
+
+        The most over all layers, since one compiled body serves equal layers.
+        """
+        if not self.host.bounded:
+            return round_up(max(self.host.capacity(spec, layer) for layer in range(spec.layers)) + spec.room)
+        longest = replace(spec, prompt=spec.prompt + spec.room)
+        return round_up(max(self.host.capacity(longest, layer) for layer in range(spec.layers)) + 2)
+
+    def _factors(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G D"]:
+        """The balance by the whole prompt, frozen here."""
+        assert evidence.query_peak is not None, "observe() asked for it"
+        sizes = jnp.abs(tokens.keys.astype(jnp.float32))
+        return balance(evidence.query_peak, jnp.max(jnp.where(tokens.present[..., None], sizes, 0.0), axis=2))
