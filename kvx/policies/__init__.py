@@ -5,6 +5,7 @@ from kvx.policies.d2o import d2o
 from kvx.policies.full import full
 from kvx.policies.h2o import h2o
 from kvx.policies.kivi import kivi
+from kvx.policies.kivi import kivi
 from kvx.policies.knorm import knorm
 from kvx.policies.mikv import mikv
 from kvx.policies.pyramidkv import pyramidkv
@@ -21,6 +22,7 @@ __all__ = [
     "find",
     "full",
     "h2o",
+    "kivi",
     "kivi",
     "knorm",
     "mikv",

@@ -112,7 +112,7 @@ class Packed:
         codes = ChannelCodes.encode(
             jnp.take_along_axis(self.tail.keys, block[..., None], axis=2), self.keys.bits, self.group
         )
-        groups = self._free_groups(codes.words.shape[2], due)
+        groups = self._free_groups(codes.scale.shape[-1], due)
         by_group = self.slots.reshape(*self.slots.shape[:2], -1, self.group)
         reserved = jnp.full((*groups.shape, self.group), RESERVED, jnp.int32)
         age = (jnp.arange(size) - first) % size
@@ -128,13 +128,10 @@ class Packed:
     def _free_groups(self, count: int, due: Bool[Array, "B G"]) -> Int[Array, "B G m"]:
         """The first `count` groups that hold nothing; indices beyond the last where nothing is due."""
         by_group = self.slots.reshape(*self.slots.shape[:2], -1, self.group)
-        free = jnp.all(by_group == FREE, axis=-1)
-        total = free.shape[-1]
-        order = jnp.cumsum(free, axis=-1) - 1
-        wanted = free[:, :, None] & (order[:, :, None] == jnp.arange(count)[:, None])
-        found = jnp.any(wanted, axis=-1) & due[..., None]
-        # Distinct even where nothing is written, as the scatter is promised.
-        return jnp.where(found, jnp.argmax(wanted, axis=-1), total + jnp.arange(count)).astype(jnp.int32)
+        index = jnp.arange(by_group.shape[2])
+        # Groups in use count as beyond the last, each by its own index: the scatter is promised distinct ones.
+        usable = jnp.all(by_group == FREE, axis=-1) & due[..., None]
+        return jnp.sort(jnp.where(usable, index, index + index.size), axis=-1)[..., :count]
 
     def _flush_value(self, active: Bool[Array, "B G"]) -> "Packed":
         """Pack the oldest value, with position and statistics, where the ring is full."""
@@ -153,7 +150,7 @@ class Packed:
 
     def read(self, query: Query) -> Partial:
         packed, ring = self._logits(query)
-        values = self.values.decode().astype(self.tail.values.dtype)
+        values = self.values.decode(after=query.raw[:, :, 0, 0, 0]).astype(self.tail.values.dtype)
         part = merge_partials(partial_softmax(packed, values), partial_softmax(ring, self.tail.values))
         return ungroup(part, query.raw.shape[2])
 
@@ -166,7 +163,10 @@ class Packed:
         batch, heads, group, length, dim = query.raw.shape
         rows = query.rotated.reshape(batch, heads, group * length, dim)
         spec = query.spec
-        packed = scaled_logits(rows, self._packed_keys(), spec.scale, spec.softcap)
+        # Slots stay along the last axis, as they lie: turned about, XLA would decode into a transposed copy.
+        columns = self.keys.decode(after=query.raw[:, :, 0, 0, 0]).astype(self.tail.keys.dtype)
+        packed = spec.scale * jnp.einsum("bgtd,bgdp->bgtp", rows, columns, preferred_element_type=jnp.float32)
+        packed = packed if spec.softcap is None else spec.softcap * jnp.tanh(packed / spec.softcap)
         ring = scaled_logits(rows, self.tail.keys, spec.scale, spec.softcap)
         known = jnp.take_along_axis(packed, jnp.maximum(self.places, 0)[:, :, None], axis=-1)
         ring = jnp.where(self.places[:, :, None] >= 0, known, ring)
@@ -176,9 +176,6 @@ class Packed:
             return jnp.where(jnp.tile(seen, (1, 1, group, 1)), logits, -jnp.inf)
 
         return masked(packed, self.slots), masked(ring, self.tail.slots)
-
-    def _packed_keys(self) -> Float[Array, "B G P D"]:
-        return self.keys.decode().astype(self.tail.keys.dtype)
 
     def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Packed":
         """Free the key group with the lowest mean score, of a head that holds at least a group too much.
@@ -198,7 +195,8 @@ class Packed:
         return replace(self, slots=jnp.where(chosen[..., None], FREE, by_group).reshape(self.slots.shape))
 
     def tokens(self) -> Tokens:
-        keys, tail = self._packed_keys(), self.tail.tokens()
+        keys = jnp.swapaxes(self.keys.decode(), -1, -2).astype(self.tail.keys.dtype)
+        tail = self.tail.tokens()
         values = self.values.decode().astype(self.tail.values.dtype)
         packed = Tokens(keys, values, jnp.maximum(self.slots, -1), self.tail.rotary, dict(self.kept))
         known = jnp.take_along_axis(keys, jnp.maximum(self.places, 0)[..., None], axis=2)
