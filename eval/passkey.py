@@ -16,15 +16,13 @@ from kvx.errors import BadInput
 from kvx.eval.prose import Prose, sentences
 
 DIGITS = 5
-ANSWER = 12
+ANSWER = 10
 """New tokens an answer may take: the digits and what a model says before them."""
 
-_MARK = "KVXCONTEXT"
 _TASK = (
     "There is a pass key hidden in the text below. Find it and memorise it. I will ask you about it after the text.\n\n"
 )
-_QUESTION = "\n\nWhat is the pass key in the text above?"
-_OPENING = "The pass key is"
+_QUESTION = "\n\nWhat is the pass key in the text above?\nThe pass key is"
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def passkeys(tokenizer: Any, prose: Prose, length: int, depths: Sequence[float],
     """One prompt of exactly `length` tokens, question included, for each depth.
 
     Args:
-        tokenizer: its chat template frames the prompt if it has one.
+        tokenizer: the model's.
         prose: haystacks come from its first half, each from another place.
         depths: share of the prose that comes before the key, rounded to whole sentences; 0 and 1 put it at the ends.
         seed: of keys and places; equal seeds give equal prompts.
@@ -94,14 +92,9 @@ def spread(count: int) -> tuple[float, ...]:
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids before the prose and after it."""
-    if tokenizer.has_chat_template:
-        chat = tokenizer.chat([{"role": "user", "content": f"{_TASK}{_MARK}{_QUESTION}"}])
-        head, tail = chat.split(_MARK)
-        head_ids = tokenizer.encode(head, add_special=False)
-    else:
-        head, tail = _TASK, _QUESTION + "\n"
-        head_ids = tokenizer.encode(head)
-    return head_ids, tokenizer.encode(tail + _OPENING, add_special=False)
+    # Plain text even where there is a chat template: with SmolLM2-135M-Instruct's full cache it found 6 of 6 keys at
+    # 1024 tokens and 4 of 4 at 2048, the chat template with the same opening of the answer 4 of 6, without it 3 of 6.
+    return tokenizer.encode(_TASK), tokenizer.encode(_QUESTION, add_special=False)
 
 
 def _haystack(

@@ -5,6 +5,10 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 from kvx.errors import BadInput
 
@@ -109,3 +113,21 @@ def _is_prose(block: str) -> bool:
     if len(block) < 80 or block[-1] not in ".!?":
         return False
     return sum(letter.isalpha() or letter in " ,.'" for letter in block) >= 0.92 * len(block)
+
+
+def documents(tokenizer: Any, paragraphs: tuple[str, ...], count: int, length: int) -> Int[np.ndarray, "B T"]:
+    """`count` documents of exactly `length` tokens, each from the start of its own part of the paragraphs.
+
+    Raises:
+        BadInput: too little text.
+    """
+    rows = []
+    for part in np.array_split(np.arange(len(paragraphs)), count):
+        text = "\n\n".join(paragraphs[index] for index in part)
+        ids = tokenizer.encode(text)
+        if len(ids) < length:
+            raise BadInput(
+                f"text has parts of {len(ids)} tokens when cut into {count} documents; allowed: at least {length} each"
+            )
+        rows.append(ids[:length])
+    return np.asarray(rows, np.int32)

@@ -1,6 +1,6 @@
 """Evidence: what a policy may look at, asked for statically so that attention computes only what somebody reads."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Array, Float, Int
 
@@ -45,6 +45,14 @@ class Evidence:
     columns: dict[str, Float[Array, "B G R S"]] = field(default_factory=dict)
     query: Query | None = None
     query_peak: Float[Array, "B G D"] | None = None
+
+    def only(self, requests: Requests) -> "Evidence":
+        """What was asked for, of the evidence of a whole prompt."""
+        rows = self.rows
+        if rows is not None and requests.rows < rows.shape[-2]:
+            rows = rows[..., -requests.rows :, :] if requests.rows else None
+        columns = {name: column for name, column in self.columns.items() if name in requests.columns}
+        return replace(self, rows=rows, columns=columns, query_peak=self.query_peak if requests.query else None)
 
     def last_rows(self, count: int) -> Float[Array, "B G R W S"]:
         """The newest `count` rows; more may be there, since policies that share a pass share its evidence."""

@@ -1,0 +1,66 @@
+"""Where the time of a job goes: wall, processor and compilation seconds by phase."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import jax
+
+# Tracing, lowering and compiling; the last alone is a retrieval when the persistent cache holds the program.
+_EVENTS = ("/jax/core/compile/",)
+
+
+@dataclass
+class Stopwatch:
+    """Adds up phases by name.
+
+    Attributes:
+        phases: name -> seconds: "wall", "cpu" (all threads), "compile".
+    """
+
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator["Lap"]:
+        """Time what happens inside; the lap it yields is complete afterwards."""
+        lap = Lap()
+        before = _COMPILED[0]
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield lap
+        finally:
+            lap.wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            lap.compiled = _COMPILED[0] - before
+            total = self.phases.setdefault(name, {"wall": 0.0, "cpu": 0.0, "compile": 0.0})
+            for kind, seconds in (("wall", lap.wall), ("cpu", cpu), ("compile", lap.compiled)):
+                total[kind] += seconds
+
+
+@dataclass
+class Lap:
+    """One timed stretch.
+
+    Attributes:
+        wall: seconds.
+        compiled: seconds of them that went into tracing and compiling.
+    """
+
+    wall: float = 0.0
+    compiled: float = 0.0
+
+    @property
+    def warm(self) -> bool:
+        """Whether nothing was compiled."""
+        return self.compiled == 0.0
+
+
+_COMPILED = [0.0]
+
+
+def _count(event: str, seconds: float, **_: object) -> None:
+    if event.startswith(_EVENTS):
+        _COMPILED[0] += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
