@@ -13,6 +13,7 @@ from kvx.evidence import Evidence, Requests
 from kvx.kernels.logits import softmax_rows
 from kvx.kernels.decode_attention import slot_logits
 from kvx.kernels.prefill_attention import prefill_attention
+from kvx.mesh import Placement, place_cache, place_rows, placement_of
 from kvx.policy import Context, Layer, Policy, Spec
 from kvx.query import Query, to_heads
 from kvx.tokens import Tokens, concatenate
@@ -107,12 +108,20 @@ def window_rows(
     return softmax_rows(logits)[0].reshape(batch, kv_heads, group, count, -1)
 
 
-@partial(jax.jit, static_argnames=("slots", "dtype"))
+@partial(jax.jit, static_argnames=("slots", "dtype", "placement"))
 def pack_layer(
-    policy: Policy, tokens: Tokens, evidence: Evidence, context: Context, *, slots: int, dtype: Any = None
+    policy: Policy,
+    tokens: Tokens,
+    evidence: Evidence,
+    context: Context,
+    *,
+    slots: int,
+    dtype: Any = None,
+    placement: Placement | None = None,
 ) -> Layer:
     """One layer's cache from its tokens: the policy's selections and its store."""
-    return policy.prefill(tokens.astype(dtype), evidence, context, slots)
+    layer = policy.prefill(tokens.astype(dtype), evidence, context, slots)
+    return place_cache(placement, layer, len(context.lengths), context.spec.attention.kv_heads)
 
 
 @jax.jit
@@ -129,6 +138,8 @@ def decode(
     Appending before reading lets XLA write into the donated cache in place; the other order copies it at every step.
     A row that is not `active` feeds a token at position -1, which no store keeps.
     """
+    placement = placement_of(model)
+    token, active = place_rows(placement, (token, active))
     x = model.embed(token[:, None])
     positions = jnp.where(active, cache.next, -1)[:, None]
     layers = len(model.blocks)
@@ -144,6 +155,7 @@ def decode(
         rows = store.probabilities(query, part.lse) if wanted.rows else None
         evidence = Evidence(seen=cache.next + active, rows=rows, query=query)
         after = here.step(Layer(store, cache.states[index]), evidence, context)
+        after = place_cache(placement, after, len(token), block.spec.kv_heads)
         storage = where.save(storage, after.store)
         states.append(after.states)
         x = block.finish(x, to_heads(part.out).astype(x.dtype))

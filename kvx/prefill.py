@@ -17,6 +17,7 @@ from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
 from kvx.inputs import checked_policy, checked_prompt, traced
 from kvx.loop import attend, last_logits, pack_layer
+from kvx.mesh import Placement, place_rows, placement_of
 from kvx.parts.amounts import whole
 from kvx.places import place
 from kvx.policy import Context, Policy, Spec
@@ -73,11 +74,13 @@ def prefill(
     fewest = 1 if traced(lengths) else shortest(int(jnp.min(lengths)))
     width = tokens.shape[1] if traced(tokens) else bucket(tokens.shape[1])
     tokens = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
+    placement = placement_of(model)
+    tokens, lengths = place_rows(placement, (tokens, lengths))
     specs = [Spec(block.spec, len(model.blocks), width, fewest, room) for block in model.blocks]
     if prefill_chunk is not None and compress == "chunk" and not alone:
         raise BadInput("policy is a tuple, but with compress='chunk' each policy changes what later chunks see; "
                        "allowed: one policy")
-    plans = [_Plan(each, specs, cache_dtype) for each in policies]
+    plans = [_Plan(each, specs, cache_dtype, placement) for each in policies]
     if prefill_chunk is None:
         x = _whole(model, tokens, lengths, plans)
         logits = last_logits(model, x, lengths - 1)
@@ -91,8 +94,8 @@ def prefill(
 class _Plan:
     """One policy's cache in the making: finished layers, or the material of all layers for one that decides at the end."""
 
-    def __init__(self, policy: Policy, specs: list[Spec], dtype: Any):
-        self.specs, self.dtype = specs, dtype
+    def __init__(self, policy: Policy, specs: list[Spec], dtype: Any, placement: Placement | None):
+        self.specs, self.dtype, self.placement = specs, dtype, placement
         self.policies = [policy.at(layer, len(specs)) for layer in range(len(specs))]
         # Also refuses impossible budgets, before any work.
         self.slots = [each.slots(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))]
@@ -105,6 +108,9 @@ class _Plan:
 
     def take(self, layer: int, tokens: Tokens, evidence: Evidence, lengths: Int[Array, "B"]) -> None:
         """This layer's tokens and evidence are complete."""
+        # Policies that share a pass share its evidence: without what others asked for, a policy compiles to the same
+        # program as alone, and one that decides at the end holds no more than it reads.
+        evidence = evidence.only(self.policies[layer].observe(prefill=True))
         if self.policy.decides == "end":
             self.held.append((tokens, evidence))
         else:
@@ -119,13 +125,22 @@ class _Plan:
                 self.held[layer] = None  # each layer's full keys and values go as soon as they are packed
                 self._pack(layer, tokens, evidence, lengths, shares[layer])
         room = ENDLESS if self.policy.bounded else self.specs[0].room
-        return KVCache(self.storage, tuple(self.places), tuple(self.states), lengths, jnp.int32(room))
+        # Placed too, or the first decode step would take a different program than all that follow.
+        # Copied, since a cache is donated: caches of one pass, and the caller's own lengths, must not go with it.
+        counters = place_rows(self.placement, (jnp.copy(lengths), jnp.int32(room)))
+        return KVCache(self.storage, tuple(self.places), tuple(self.states), *counters)
 
     def _pack(self, layer: int, tokens: Tokens, evidence: Evidence, lengths: Int[Array, "B"], plan: Any) -> None:
         shared = tuple(self.storage[slot] for slot in sorted({where.slot for where in self.places if where.shared}))
         context = Context(jnp.int32(layer), lengths, self.specs[layer], plan, shared)
         entry = pack_layer(
-            self.policies[layer], tokens, evidence, context, slots=self.slots[layer], dtype=self.dtype
+            self.policies[layer],
+            tokens,
+            evidence,
+            context,
+            slots=self.slots[layer],
+            dtype=self.dtype,
+            placement=self.placement,
         )
         where, self.storage = place(entry.store, self.storage)
         self.places.append(where)

@@ -1,0 +1,150 @@
+"""Meshes: one table of rules says which axis of weights and cache lies on which mesh axis; the compiler does the rest.
+
+Policies, stores and models know nothing of it. Weights are placed by the names of their axes, prompts by their rows,
+and a cache by the convention that every array of it begins with rows and, if it has them, KV heads. No operation of
+the layer loop mixes rows, and only a model's output projections mix heads, so a cache placed like that never moves.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kvx.errors import BadInput
+from kvx.rotary import Rotary
+
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """For each logical axis, the mesh axis it is split over; None: every device holds all of it.
+
+    A mesh need not have every axis named here, and an array's axis that a mesh axis does not divide (three KV heads on
+    two devices) is held whole: placement never changes a result, only where its bytes are.
+
+    Attributes:
+        rows: sequences of a batch.
+        kv_heads: KV heads, with the query heads that read them.
+        heads: the outputs of all query heads in one axis.
+        mlp: hidden units of the MLP.
+        vocabulary: tokens, in the embedding and in the logits.
+        embed: the model's width.
+    """
+
+    rows: str | None = "data"
+    kv_heads: str | None = "tensor"
+    heads: str | None = "tensor"
+    mlp: str | None = "tensor"
+    vocabulary: str | None = "tensor"
+    embed: str | None = None
+
+    @property
+    def mesh_axes(self) -> set[str]:
+        """Mesh axes that any rule names."""
+        named = (getattr(self, field.name) for field in fields(self))
+        return {axis for axis in named if axis is not None}
+
+
+RULES = Rules()
+"""Rows over "data"; heads, MLP and vocabulary over "tensor"."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh and the rules for it: a placed model carries one, as static data."""
+
+    mesh: Mesh
+    rules: Rules
+
+    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+        """Where an array goes whose axes have these logical names (None: no rule; missing names at the end: None)."""
+        used: set[str] = set()
+        entries: list[str | None] = []
+        for size, name in zip(shape, axes, strict=False):
+            axis = None if name is None else getattr(self.rules, name)
+            # Two axes of one array cannot lie on one mesh axis: the first has it.
+            fits = axis in self.mesh.shape and axis not in used and size % self.mesh.shape[axis] == 0
+            entries.append(axis if fits else None)
+            used.update({axis} if fits else ())
+        while entries and entries[-1] is None:
+            entries.pop()
+        return NamedSharding(self.mesh, PartitionSpec(*entries))
+
+    def put(self, array: Any, axes: tuple[str | None, ...]) -> Any:
+        """The array where it belongs: moved, constrained inside jit, or only described if it is a shape."""
+        sharding = self.sharding(array.shape, axes)
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        if isinstance(array, jax.core.Tracer):
+            return jax.lax.with_sharding_constraint(array, sharding)
+        return jax.device_put(array, sharding)
+
+
+def place_model(model: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """The model with every parameter on the mesh; prompts and caches of it then follow by the same rules.
+
+    Args:
+        model: a Flax module whose parameters name their axes; its values may be `jax.ShapeDtypeStruct`s.
+        mesh: any shape; its axes are treated as automatic, since the compiler is to propagate shardings.
+        rules: logical axis to mesh axis.
+
+    Raises:
+        BadInput: the mesh has no axis that any rule names, so that nothing would be split.
+    """
+    if not rules.mesh_axes & set(mesh.axis_names):
+        raise BadInput(
+            f"mesh has axes {list(mesh.axis_names)}, none of which a rule names; allowed: at least one of "
+            f"{sorted(rules.mesh_axes)}, or rules= for other names"
+        )
+    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    placement = Placement(automatic, rules)
+
+    def put(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Variable):
+            return placement.put(variable, ())
+        axes = variable.get_metadata().get("axes", ())
+        return variable.replace(placement.put(variable.get_value(), axes))
+
+    placed = jax.tree.map(put, model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    placed.placement = placement
+    return placed
+
+
+def placement_of(model: Any) -> Placement | None:
+    """Where `place_model` put the model; None: it is not on a mesh."""
+    return getattr(model, "placement", None)
+
+
+def place_rows(placement: Placement | None, tree: Tree) -> Tree:
+    """Arrays whose first axis is rows, split like every batch; unchanged without a placement."""
+    return tree if placement is None else jax.tree.map(lambda array: placement.put(array, ("rows",)), tree)
+
+
+def place_cache(placement: Placement | None, layer: Tree, rows: int, kv_heads: int) -> Tree:
+    """One layer's part of a cache, split by rows and KV heads; unchanged without a placement.
+
+    An array's first axis is taken for rows if it has as many entries, and its second for KV heads likewise. What has
+    no head axis (one run of slots for all heads, a count per row) is split by rows only.
+
+    Propagation alone places what is computed from tokens; arrays born inside (a pool of zeros) need to be told.
+
+    Args:
+        layer: any pytree of cache arrays, or of their shapes.
+        rows: sequences in the batch.
+        kv_heads: of the layer.
+    """
+    if placement is None:
+        return layer
+
+    def put(leaf: Any) -> Any:
+        # Rotary frequencies are weights that a store carries along; their count may happen to equal the rows.
+        if isinstance(leaf, Rotary):
+            return jax.tree.map(lambda array: placement.put(array, ()), leaf)
+        by_rows = leaf.shape[:1] == (rows,)
+        by_heads = by_rows and leaf.shape[1:2] == (kv_heads,)
+        return placement.put(leaf, ("rows" if by_rows else None, "kv_heads" if by_heads else None))
+
+    return jax.tree.map(put, layer, is_leaf=lambda node: isinstance(node, Rotary))
