@@ -1,0 +1,56 @@
+# Two commands do everything: `make demo` (the main job on a real model) and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test peers slow notebook bench lint types wheel clean
+
+demo: $(VENV)/kvx
+	$(BIN)/kvx fetch smollm2-135m-instruct
+	$(BIN)/kvx compare smollm2-135m-instruct --out results/compare
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not peer"
+
+slow: $(VENV)/test
+	$(BIN)/python -m pytest -m "slow and not peer"
+
+peers: $(VENV)/peers
+	$(BIN)/python -m pytest -m peer
+
+notebook: $(VENV)/notebook
+	$(BIN)/python -m pytest -m notebook tests/test_notebook.py
+
+bench: $(VENV)/peers
+	$(BIN)/python -m kvx.eval.bench_peers
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# pyright cannot follow sub-packages that live outside kvx/, so it reads the package as a wheel installs it.
+types: $(VENV)/test
+	rm -rf build/types && $(PIP) --no-deps --target build/types .
+	$(BIN)/pyright --project pyproject.toml build/types/kvx
+
+$(VENV)/kvx: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/test: $(VENV)/kvx
+	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/notebook: $(VENV)/test
+	$(PIP) -e ".[notebook]"
+	touch $@
+
+$(VENV)/peers: $(VENV)/test
+	$(PIP) -e ".[peers]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info results

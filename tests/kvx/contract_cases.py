@@ -1,0 +1,88 @@
+"""The policies that the contract tests run over: every registered method, and the chains that the spine promises.
+
+A new policy joins by a row here; a test fails until it has one. A row names what the method cannot promise, with the
+reason, instead of the tests branching on names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from kvx.policies import adakv, d2o, full, h2o, kivi, knorm, mikv, pyramidkv, q_filters, quest, snapkv, streaming_llm, tova
+from kvx.policy import Policy, chain
+
+
+@dataclass(frozen=True)
+class Case:
+    """One policy at any budget.
+
+    Attributes:
+        build: from a budget in slots or a share; stores without a budget ignore it.
+        lossless: the same with every code exact (bits=None); None: it has no codes.
+        evicts: tokens leave, so that the budget bounds what is kept.
+        chunked: it can be cut after every prefill chunk.
+    """
+
+    build: Callable[[int | float], Policy]
+    lossless: Callable[[int | float], Policy] | None = None
+    evicts: bool = True
+    chunked: bool = True
+
+    @property
+    def exact(self) -> Callable[[int | float], Policy]:
+        """The policy without rounding: what the identity contract is about."""
+        return self.lossless or self.build
+
+
+def _q_filters(budget: int | float) -> Policy:
+    """Q-Filters as calibration leaves it, with random directions for the tiny model's layers, KV heads and head dim."""
+    blank = q_filters(budget, window=8)
+    (stage,) = blank.stages
+    directions = jax.random.normal(jax.random.key(7), (3, 2, 32), jnp.float32)
+    return replace(blank, stages=(replace(stage, score=replace(stage.score, directions=directions)),))
+
+
+def _kivi() -> Policy:
+    return kivi(bits=4, group=16, residual=16)
+
+
+CASES: dict[str, Case] = {
+    "full": Case(lambda budget: full(), evicts=False),
+    "streaming_llm": Case(streaming_llm),
+    "streaming_llm at true positions": Case(lambda budget: streaming_llm(budget, renumber=False)),
+    "h2o": Case(h2o),
+    "snapkv": Case(lambda budget: snapkv(budget, window=8)),
+    "tova": Case(tova),
+    "knorm": Case(knorm),
+    "pyramidkv": Case(lambda budget: pyramidkv(budget, window=8, beta=4)),
+    "adakv": Case(lambda budget: adakv(budget, window=8)),
+    "adakv over h2o": Case(lambda budget: adakv(budget, window=8, score="h2o")),
+    "q_filters": Case(_q_filters),
+    "quest": Case(lambda budget: quest(budget, page=8, skip=(0,)), evicts=False),
+    # Its first layer is exempt, so the budget says nothing about it; it decides when all layers are known.
+    "d2o": Case(lambda budget: d2o(budget, skip=(0,)), evicts=False, chunked=False),
+    "kivi": Case(lambda budget: _kivi(), lambda budget: kivi(bits=None), evicts=False),
+    "mikv": Case(
+        lambda budget: mikv(high=budget, bits=4), lambda budget: mikv(high=budget, bits=None), evicts=False
+    ),
+    "snapkv+kivi": Case(
+        lambda budget: chain(snapkv(budget, window=8), _kivi()),
+        lambda budget: chain(snapkv(budget, window=8), kivi(bits=None)),
+    ),
+    "pyramidkv+kivi": Case(
+        lambda budget: chain(pyramidkv(budget, window=8, beta=4), _kivi()),
+        lambda budget: chain(pyramidkv(budget, window=8, beta=4), kivi(bits=None)),
+    ),
+    # Whole groups of keys leave, so that it holds up to a group and a tail more than its budget.
+    "h2o+kivi": Case(
+        lambda budget: chain(h2o(budget), _kivi()), lambda budget: chain(h2o(budget), kivi(bits=None)), evicts=False
+    ),
+    "snapkv+quest": Case(lambda budget: chain(snapkv(budget, window=8), quest(budget, page=8, skip=(0,)))),
+    "snapkv+mikv": Case(
+        lambda budget: chain(snapkv(budget, window=8), mikv(high=0.5, bits=4)),
+        lambda budget: chain(snapkv(budget, window=8), mikv(high=0.5, bits=None)),
+    ),
+    "h2o+quest": Case(lambda budget: chain(h2o(budget), quest(budget, page=8, skip=(0,)))),
+}
