@@ -102,7 +102,7 @@ class Demote(Stage):
         return store.demote(first), state
 
     def _slots(self, spec: Spec) -> int:
-        """Slots of the first tier: two beyond the host's budget, for the new token and the one that moves when it comes.
+        """Slots of the first tier: two beyond the host's budget, for the new token and the one that then moves.
 
         The most over all layers, since one compiled body serves equal layers.
         """

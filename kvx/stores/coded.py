@@ -43,7 +43,9 @@ class Code:
                 f"{width} * bits is a multiple of 32, or None"
             )
         if width % self.channels(width):
-            raise BadInput(f"group={self.group} does not divide {what} of {width} channels; allowed: divisors of {width}")
+            raise BadInput(
+                f"group={self.group} does not divide {what} of {width} channels; allowed: divisors of {width}"
+            )
 
     def channels(self, width: int) -> int:
         """Channels in each group."""

@@ -1,5 +1,8 @@
 """Claims about MiKV (Yang et al. 2024): everything is kept, h2o decides how well, and balance changes no product."""
 
+from dataclasses import replace
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,19 +23,20 @@ from kvx.pytree import pytree
 from kvx.stores.base import nbytes
 from kvx.stores.coded import Coded
 from kvx.stores.tiers import Tiers
-from tests.kvx.stores.one_layer import GROUP, HEADS, SPEC, WIDTH, query, tokens
+from tests.kvx.stores.one_layer import HEADS, SPEC, WIDTH, copies, query, tokens
 from tests.tiny import model, prompts
 
 SMALL = {"num_hidden_layers": 2}
 LENGTHS = (70, 23)
 
 
-def forced(policy, steps=10, lengths=LENGTHS, rows=None):
+@cache
+def forced(policy, steps=10, lengths=LENGTHS, row=None):
     """Logits after each of a few given tokens, and the cache."""
     prompt, counts = prompts(*lengths)
     given = np.random.default_rng(7).integers(0, 97, (steps, len(lengths)))
-    if rows is not None:
-        prompt, counts, given = prompt[rows], counts[rows], given[:, rows]
+    if row is not None:
+        prompt, counts, given = prompt[[row]], counts[[row]], given[:, [row]]
     logits, cache = kvx.prefill(model(**SMALL), prompt, policy, counts, max_new_tokens=steps)
     seen = [np.asarray(logits)]
     for token in given:
@@ -130,7 +134,7 @@ def test_a_row_of_a_batch_equals_the_row_alone():
     policy = mikv(high=8, bits=2)
     together, cache = forced(policy)
     for row in range(len(LENGTHS)):
-        alone, single = forced(policy, rows=[row])
+        alone, single = forced(policy, row=row)
         for ours, theirs in zip(cache.layers, single.layers, strict=True):
             assert staying(ours)[row] == staying(theirs)[0]
             flips = total = 0
@@ -163,7 +167,7 @@ def test_decoding_agrees_with_a_dense_oracle(balanced):
     mass = causal_mass(rotated, np.asarray(prompt.keys, np.float64), positions)
     peak = np.where((positions >= 0)[:, None, None, :, None], np.abs(rotated), 0).max(axis=(2, 3))
     evidence = Evidence(context.lengths, columns={"sum": f32(mass)}, query_peak=f32(peak))
-    layer = policy.prefill(prompt, evidence, context, policy.slots(spec, 0))
+    layer = jax.jit(policy.prefill, static_argnums=3)(prompt, evidence, context, policy.slots(spec, 0))
     oracles = [
         [Oracle(prompt, mass, peak, row, head, lengths[row], high, 2, bits, balanced) for head in range(HEADS)]
         for row in range(len(lengths))
@@ -171,16 +175,22 @@ def test_decoding_agrees_with_a_dense_oracle(balanced):
     for step in range(steps):
         at = np.asarray(lengths)[:, None] + step
         fresh, now = tokens(at, seed=20 + step), query(at, seed=40 + step)
-        store = layer.store.append(policy.stats(fresh, None, context))
-        part = store.read(now)
-        rows = store.probabilities(now, part.lse)
-        evidence = Evidence(jnp.asarray(at[:, 0] + 1, jnp.int32), rows=rows)
-        layer = policy.step(type(layer)(store, layer.states), evidence, context)
+        out, layer = one_step(policy, layer, fresh, now, context)
         for row, heads in enumerate(oracles):
             for head, oracle in enumerate(heads):
-                out = oracle.step(fresh, now, row, head)
-                np.testing.assert_allclose(part.out[row, head, :, 0], out, atol=5e-5)
+                expected = oracle.step(fresh, now, row, head)
+                np.testing.assert_allclose(out[row, head, :, 0], expected, atol=5e-5)
                 assert staying(layer.store)[row][head] == oracle.high_positions()
+
+
+@jax.jit
+def one_step(policy, layer, fresh, now, context):
+    """What the layer loop does with one layer."""
+    store = layer.store.append(policy.stats(fresh, None, context))
+    part = store.read(now)
+    seen = jnp.max(now.positions, axis=1) + 1
+    evidence = Evidence(seen, rows=store.probabilities(now, part.lse))
+    return part.out, policy.step(replace(layer, store=store), evidence, context)
 
 
 def f32(array):
@@ -262,6 +272,14 @@ def test_bytes_follow_the_closed_form(bits, group, balance):
     for store in cache.layers:
         assert store.sizes == (first, second)
         assert nbytes(store) == heads + rotation
+
+
+def test_a_decode_step_copies_no_keys_values_or_codes():
+    policy, small = mikv(high=0.25, bits=2), model(num_hidden_layers=1)
+    prompt, lengths = prompts(*LENGTHS)
+    _, cache = kvx.prefill(small, prompt, policy, lengths, max_new_tokens=4)
+    token, everyone = jnp.zeros(2, jnp.int32), jnp.ones(2, bool)
+    assert copies(lambda cache: decode(small, token, cache, policy, everyone), cache) == 0
 
 
 def test_it_grows_and_nothing_that_evicts_at_every_step_may_precede_it():
