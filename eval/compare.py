@@ -231,7 +231,7 @@ class _Job:
                 row.share_of_full, row.share_of_bf16 = (cache.nbytes / whole for whole in full)
             with self.watch.phase("passkey: decode") as lap:
                 result = kvx.generate(
-                    decoder, [list(given)], policy=policy, cache=cache, max_new_tokens=ANSWER, stop=tokenizer.eos_ids
+                    decoder, np.asarray([given]), policy=policy, cache=cache, max_new_tokens=ANSWER, stop=tokenizer.eos_ids
                 )
                 new = [token for token in np.asarray(result.tokens)[0].tolist() if token >= 0]
             answer = tokenizer.decode(new)

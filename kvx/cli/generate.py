@@ -36,6 +36,8 @@ def generate(
 
         kvx generate ./my-model "Once upon a time" --no-chat --temperature 0.8 --top-p 0.95
     """
+    import numpy as np
+
     import kvx
     from kvx.compilation_cache import enable_compilation_cache
     from kvx.errors import BadInput
@@ -51,8 +53,9 @@ def generate(
     enable_compilation_cache()
     decoder, tokenizer = kvx.load(model)
     ids = prompt_ids(tokenizer, text, system, tokenizer.has_chat_template if chat is None else chat)
+    row = np.asarray([ids])
     begin = time.perf_counter()
-    logits, cache = kvx.prefill(decoder, [ids], chosen, max_new_tokens=count)
+    logits, cache = kvx.prefill(decoder, row, chosen, max_new_tokens=count)
     nbytes = cache.nbytes
     logits.block_until_ready()
     prefilled = time.perf_counter()
@@ -60,7 +63,7 @@ def generate(
     shown = ""
     first = prefilled
     steps = kvx.stream(
-        decoder, [ids], policy=chosen, max_new_tokens=count, sampling=rule, stop=tokenizer.eos_ids, seed=seed,
+        decoder, row, policy=chosen, max_new_tokens=count, sampling=rule, stop=tokenizer.eos_ids, seed=seed,
         start=(logits, cache),
     )  # fmt: skip
     for token in steps:

@@ -42,7 +42,7 @@ def policies(
         return
     table = Table("policy", "what it is", box=None, pad_edge=False)
     for each, described in rows.items():
-        table.add_row(f"[bold]{each}[/bold]", described["doc"].splitlines()[0])
+        table.add_row(f"[bold]{each}[/bold]", " ".join(described["doc"].split("\n\n")[0].split()))
     Console().print(table)
     print("\nkvx policies NAME explains one. Chain selections and a store with '+': snapkv(budget=0.25)+kivi(bits=2)")
 

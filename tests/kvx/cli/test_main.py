@@ -1,0 +1,118 @@
+"""Claims about the command line: help with examples, JSON, and bad input as one line with exit status 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import kvx
+from kvx.cli import app, main
+from kvx.policies import names
+
+COMMANDS = ("fetch", "generate", "compare", "policies")
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of a command line."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    shown = capsys.readouterr()
+    return end.value.code, shown.out, shown.err
+
+
+def test_help_names_every_command_and_every_command_has_examples():
+    runner = CliRunner()
+    shown = runner.invoke(app, ["--help"])
+    assert shown.exit_code == 0 and all(name in shown.output for name in COMMANDS)
+    for name in COMMANDS:
+        shown = runner.invoke(app, [name, "--help"])
+        assert shown.exit_code == 0 and "Examples" in shown.output and f"kvx {name}" in shown.output
+
+
+def test_policies_lists_every_name_and_explains_one(capsys):
+    status, out, _ = run(capsys, "policies")
+    assert status == 0 and all(name in out for name in names())
+    status, out, _ = run(capsys, "policies", "snapkv")
+    assert status == 0 and out.startswith("snapkv(budget, window=64") and "a_j = pool_j" in out and "Args:" in out
+
+
+def test_policies_as_json(capsys):
+    _, out, _ = run(capsys, "policies", "--json")
+    assert [each["name"] for each in json.loads(out)] == list(names())
+    _, out, _ = run(capsys, "policies", "quest", "--json")
+    assert {"name": "page", "required": False, "default": "16", "type": "int"} in json.loads(out)["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("policies", "snapkw"), "did you mean 'snapkv'"),
+        (("generate", "smollm2-135m-instruc", "Hi"), "did you mean 'smollm2-135m-instruct'"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--policy", "snapkv(budget=0)"), "budget=0 is not positive"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--policy", "snapkv(budget=nan)"), "budget=nan is out of range"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--policy", "kivi(bits=5)"), "bits=5"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--policy", "snapkv(budget=256"), "column 18"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--policy", "nothing.safetensors"), "cannot be read"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--max-new-tokens", "0"), "max_new_tokens=0"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--temperature", "-1"), "temperature=-1.0"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--top-p", "1.5"), "top_p=1.5"),
+        (("generate", "smollm2-135m-instruct", ""), "prompt is empty"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--max-new-tokens", "many"), "--max-new-tokens"),
+        (("generate", "smollm2-135m-instruct"), "rompt"),
+        (("compare", "--policy", "snapkv(budgett=3)"), "did you mean 'budget'"),
+        (("compare", "--text", "/nowhere/at/all"), "is not a folder"),
+        (("compare", "--nothing"), "--nothing"),
+        (("fetch", "smollm2"), "known: gemma3-270m, smollm2-135m-instruct"),
+        (("fetsch",), "fetsch"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and out == "" and words in err
+    assert len(err.strip().splitlines()) == 1 and err.startswith("kvx: error: ")
+    assert list(tmp_path.iterdir()) == []  # nothing written
+
+
+def test_an_out_folder_that_cannot_be_is_refused_before_any_work(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = run(capsys, "compare", "--out", str(tmp_path / "file"))
+    assert status == 2 and "cannot be written" in err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("kvx.policies.names", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["policies"])
+
+
+def test_the_installed_program_runs():
+    done = subprocess.run(
+        [sys.executable, "-c", "from kvx.cli import main; main()", "policies", "nope"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("kvx: error: unknown policy 'nope'") and done.stderr.count("\n") == 1
+
+
+def test_the_zoo_is_listed(capsys):
+    status, out, _ = run(capsys, "fetch", "--list", "--json")
+    assert status == 0 and "smollm2-135m-instruct" in {row["model"] for row in json.loads(out)}
+
+
+def test_the_compilation_cache_is_the_callers_choice(tmp_path):
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        assert kvx.enable_compilation_cache(tmp_path / "programs") == tmp_path / "programs"
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(kvx.BadInput, match="cannot be made"):
+            kvx.enable_compilation_cache(tmp_path / "file")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
