@@ -127,13 +127,8 @@ def compare_policies(
     chosen = [*([] if "full" in texts else [kvx.policies.full()]), *policies]
     chosen.sort(key=lambda policy: policy.text != "full")
     job = _Job(workload, seed, chosen, prose)
-    with _progress(console) as progress:
-        task = progress.add_task("load the model", total=job.steps)
-
-        def step(label: str) -> None:
-            progress.update(task, description=label, advance=1)
-
-        job.run(model, step)
+    with _Steps(job.steps, console) as steps:
+        job.run(model, steps)
     name = model if isinstance(model, str) else type(model[0]).__name__
     return Results(
         model=name,
@@ -157,9 +152,11 @@ class _Job:
         self.rates: dict[str, list[tuple[bool, float]]] = {policy.text: [] for policy in policies}
         self.watch = Stopwatch()
         prompts = sum(count for _, count in workload.passkey)
-        self.steps = 3 + (2 * prompts + 1) * (len(policies) + 1) + len(policies)
+        self.steps = 3 + (2 * prompts + 2) * len(policies) + 2 * prompts
 
     def run(self, model: str | tuple[Decoder, Any], step: Callable[[str], None]) -> None:
+        """Everything, in order; `step` is told what begins."""
+        step("load the model")
         with self.watch.phase("load"):
             decoder, tokenizer = kvx.load(model) if isinstance(model, str) else model
         step("make the prompts")
@@ -175,7 +172,6 @@ class _Job:
         step("calibrate")
         with self.watch.phase("calibrate"):
             self._calibrate(decoder, tokenizer)
-        step("perplexity: prefill")
         self._perplexity(decoder, held_out, step)
         for number, (length, prompt) in enumerate(prompts):
             for aware in (False, True):
@@ -201,13 +197,12 @@ class _Job:
         found = perplexities(decoder, held_out, self.workload.prompt, self.policies)
         reference = 0
         for policy in self.policies:
+            step(f"perplexity: {policy.text}")
             with self.watch.phase("perplexity"):
                 value, cache = next(found)
             row = self.rows[policy.text]
             reference = reference or as_bfloat16(cache)
             row.perplexity, row.perplexity_share_of_bf16 = value, cache.nbytes / reference
-            step(f"perplexity: {policy.text}")
-        step("passkeys")
 
     def _passkey(
         self, decoder: Decoder, tokenizer: Any, prompt: Passkey, length: int, aware: bool, step: Callable[[str], None]
@@ -215,23 +210,29 @@ class _Job:
         """One prompt under one protocol for every policy."""
         given = prompt.question[-1:] if aware else prompt.question
         ids = np.asarray([prompt.tokens[: length - len(given)]])
+        step("prefill")
         with self.watch.phase("passkey: prefill"):
             room = len(prompt.question) + ANSWER
             _, caches = kvx.prefill(decoder, ids, tuple(self.policies), max_new_tokens=room)
             waiting = list(jax.block_until_ready(caches))
         del caches
-        step("prefill")
         full = waiting[0].nbytes, as_bfloat16(waiting[0])
         for policy in self.policies:
             cache = waiting.pop(0)
             row = self.rows[policy.text]
+            step(policy.text)
             if length == self.workload.longest and not aware:
                 row.cache_bytes, row.bytes_read = cache.nbytes, cache.bytes_read()
                 row.bytes_per_token = cache.nbytes / ids.shape[1]
                 row.share_of_full, row.share_of_bf16 = (cache.nbytes / whole for whole in full)
             with self.watch.phase("passkey: decode") as lap:
                 result = kvx.generate(
-                    decoder, np.asarray([given]), policy=policy, cache=cache, max_new_tokens=ANSWER, stop=tokenizer.eos_ids
+                    decoder,
+                    np.asarray([given]),
+                    policy=policy,
+                    cache=cache,
+                    max_new_tokens=ANSWER,
+                    stop=tokenizer.eos_ids,
                 )
                 new = [token for token in np.asarray(result.tokens)[0].tolist() if token >= 0]
             answer = tokenizer.decode(new)
@@ -240,21 +241,20 @@ class _Job:
                  "answer": answer, "correct": prompt.correct(answer)}
             )  # fmt: skip
             if length == self.workload.timed_length:
-                self.rates[policy.text].append((lap.warm, (len(given) + len(new) - 1) / (lap.wall - lap.compiled)))
-            step(policy.text)
+                self.rates[policy.text].append((lap.warm, (len(given) + len(new) - 1) / lap.wall))
 
     def _prefill_times(self, decoder: Decoder, prompt: Passkey, step: Callable[[str], None]) -> None:
         """Each policy alone: the exact pass with the evidence it reads, and its packing."""
         ids = np.asarray([prompt.context])
         room = len(prompt.question) + ANSWER
         for policy in self.policies:
-            laps = []
-            while len(laps) < 2 and not any(lap.warm for lap in laps):
+            step(f"time prefill: {policy.text}")
+            for _ in range(2):
                 with self.watch.phase("prefill times") as lap:
                     jax.block_until_ready(kvx.prefill(decoder, ids, policy, max_new_tokens=room))
-                laps.append(lap)
-            self.rows[policy.text].prefill_seconds = laps[-1].wall - laps[-1].compiled
-            step(f"time prefill: {policy.text}")
+                self.rows[policy.text].prefill_seconds = lap.wall
+                if lap.warm:
+                    break
 
     def _summarise(self, row: PolicyResult, rates: list[tuple[bool, float]]) -> None:
         for aware in (False, True):
@@ -271,12 +271,36 @@ def as_bfloat16(cache: KVCache) -> int:
     )
 
 
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console or Console(stderr=True),
-        transient=True,
-    )
+class _Steps:
+    """A progress bar that names the current step; lines where there is no terminal, one for each stage of the job."""
+
+    def __init__(self, total: int, console: Console | None):
+        self.console = console or Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("start", total=total)
+        self.begin, self.done, self.stage = time.perf_counter(), 0, ""
+
+    def __enter__(self) -> "_Steps":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, label: str) -> None:
+        """A step begins, hence the one before is done."""
+        self.bar.update(self.task, description=label, completed=self.done)
+        self.done += 1
+        stage = label.rpartition(":")[0] or label
+        if stage != self.stage and not self.console.is_terminal:
+            seconds = time.perf_counter() - self.begin
+            self.console.print(f"{seconds:6.1f} s  {stage}", highlight=False, soft_wrap=True)
+        self.stage = stage

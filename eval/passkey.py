@@ -8,6 +8,7 @@ that a policy that looks at the last queries may use it.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -105,8 +106,10 @@ def _haystack(
     The first sentence loses its beginning, so that the length is exact and every seam lies between sentences.
     """
     if sum(map(len, hay)) < room:
-        raise BadInput(f"length={length} is longer than the prose to hide a key in; allowed: at most "
-                       f"{length - room + sum(map(len, hay))}")
+        raise BadInput(
+            f"length={length} is longer than the prose to hide a key in; allowed: at most "
+            f"{length - room + sum(map(len, hay))}"
+        )
     start, taken, chosen = int(random.integers(len(hay))), 0, []
     while taken < room:
         chosen.append(hay[(start + len(chosen)) % len(hay)])
@@ -114,5 +117,5 @@ def _haystack(
     surplus = taken - room
     ends = np.maximum(np.cumsum([0, *map(len, chosen)]) - surplus, 0)
     split = int(ends[np.argmin(np.abs(ends - depth * room))])
-    tokens = sum(chosen, [])[surplus:]
+    tokens = list(chain.from_iterable(chosen))[surplus:]
     return tokens[:split], tokens[split:]

@@ -29,6 +29,7 @@ def perplexities(
     """
     forced = documents[:, prompt:]
     logits, caches = kvx.prefill(model, documents[:, :prompt], tuple(policies), max_new_tokens=forced.shape[1])
+    assert isinstance(caches, tuple), "a tuple of policies gives a tuple of caches"
     waiting = list(caches)
     del caches
     for policy in policies:

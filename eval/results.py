@@ -83,7 +83,10 @@ class Results:
 
     def as_json(self) -> str:
         """Everything, with the versions of what computed it; numbers that are not finite as null."""
-        content = {**asdict(self), "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}}}
+        content = {
+            **asdict(self),
+            "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
+        }
         return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def write(self, folder: Path) -> None:

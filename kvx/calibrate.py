@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ def _sample(sizes: list[int], rows: int, seed: int) -> list[Int[np.ndarray, "N"]
     total = sum(sizes)
     picked = np.sort(np.random.default_rng(seed).choice(total, min(rows, total), replace=False))
     starts = np.cumsum([0, *sizes])
-    return [picked[(picked >= start) & (picked < end)] - start for start, end in zip(starts, starts[1:], strict=False)]
+    return [picked[(picked >= start) & (picked < end)] - start for start, end in pairwise(starts)]
 
 
 def _positions(text: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -66,7 +66,7 @@ def load_policy(path: str | PathLike[str]) -> Policy:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
         raise _refuse(path, str(error).splitlines()[0]) from None
     if metadata.get("format") != _FORMAT or "policy" not in metadata:
@@ -103,8 +103,9 @@ def _filled(policy: Policy, arrays: dict[str, np.ndarray], path: Path) -> Policy
             raise _refuse(path, f"it lacks the array {name!r} of {policy.text!r}")
         array = arrays.get(name)
         if built is not None and array is not None and (built.shape, built.dtype) != (array.shape, array.dtype):
-            raise _refuse(path, f"its array {name!r} is {array.dtype}{list(array.shape)}, not "
-                                f"{built.dtype}{list(built.shape)}")
+            raise _refuse(
+                path, f"its array {name!r} is {array.dtype}{list(array.shape)}, not {built.dtype}{list(built.shape)}"
+            )
         filled.append(None if array is None else jnp.asarray(array))
     return jax.tree.unflatten(structure, filled)
 

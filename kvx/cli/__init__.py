@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -27,7 +28,7 @@ for _command in (fetch, generate, compare, policies):
     app.command()(_command)
 
 # What click calls UsageError and ClickException, wherever this version of typer keeps them.
-_Refusal = typer.BadParameter.__bases__[0].__bases__[0]
+_Refusal: Any = typer.BadParameter.__bases__[0].__bases__[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

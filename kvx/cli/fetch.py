@@ -25,10 +25,14 @@ def fetch(
     from kvx.models import zoo
 
     if list_:
-        rows = [{"model": name, "bytes": zoo.MODELS[name].size, "licence": zoo.MODELS[name].licence}
-                for name in zoo.names()]
-        print(dumps(rows, indent=2) if json else "\n".join(
-            f"{row['model']}  {row['bytes'] / 1e6:.0f} MB  {row['licence']}" for row in rows))
+        rows = [
+            {"model": name, "bytes": zoo.MODELS[name].size, "licence": zoo.MODELS[name].licence} for name in zoo.names()
+        ]
+        print(
+            dumps(rows, indent=2)
+            if json
+            else "\n".join(f"{row['model']}  {row['bytes'] / 1e6:.0f} MB  {row['licence']}" for row in rows)
+        )
         return
     path = zoo.resolve(model)
     print(dumps({"model": model, "path": str(path)}, indent=2) if json else path)

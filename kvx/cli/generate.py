@@ -56,6 +56,7 @@ def generate(
     row = np.asarray([ids])
     begin = time.perf_counter()
     logits, cache = kvx.prefill(decoder, row, chosen, max_new_tokens=count)
+    assert isinstance(cache, kvx.KVCache), "one policy gives one cache"
     nbytes = cache.nbytes
     logits.block_until_ready()
     prefilled = time.perf_counter()

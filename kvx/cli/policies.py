@@ -54,8 +54,9 @@ def _described(name: str, build) -> dict:
             "name": each.name,
             "required": each.default is inspect.Parameter.empty,
             "default": None if each.default is inspect.Parameter.empty else repr(each.default),
-            "type": each.annotation if isinstance(each.annotation, str) else getattr(
-                each.annotation, "__name__", str(each.annotation)),
+            "type": each.annotation
+            if isinstance(each.annotation, str)
+            else getattr(each.annotation, "__name__", str(each.annotation)),
         }
         for each in inspect.signature(build).parameters.values()
     ]

@@ -17,9 +17,7 @@ from kvx.eval.results import print_results
 from tests.eval.letters import Letters
 from tests.tiny import model, prompts
 
-SMALL = Workload(
-    passkey=((320, 2), (384, 1)), documents=2, prompt=96, forced=16, calibration=(2, 64), timed_length=320
-)
+SMALL = Workload(passkey=((320, 2), (384, 1)), documents=2, prompt=96, forced=16, calibration=(2, 64), timed_length=320)
 POLICIES = ("snapkv(budget=80)", "q_filters(budget=80)", "kivi(bits=2)")
 
 

@@ -27,8 +27,13 @@ def calibrated(policy, seed=0):
 
 @pytest.mark.parametrize(
     "policy",
-    [full(), snapkv(budget=0.25), q_filters(budget=64), calibrated(q_filters(budget=96, window=8))]
-    + [kvx.chain(calibrated(q_filters(budget=256, every_step=False)), snapkv(budget=128))],
+    [
+        full(),
+        snapkv(budget=0.25),
+        q_filters(budget=64),
+        calibrated(q_filters(budget=96, window=8)),
+        kvx.chain(calibrated(q_filters(budget=256, every_step=False)), snapkv(budget=128)),
+    ],
     ids=lambda policy: policy.text,
 )
 def test_saving_and_loading_gives_an_equal_policy(tmp_path, policy):
