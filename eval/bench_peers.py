@@ -1,0 +1,197 @@
+"""kvx against transformers with kvpress on this machine: decoding, prefill, peak memory (`python -m kvx.eval.bench_peers`).
+
+One process holds both sides and alternates between them, so that what else the machine does hits both; figures are
+medians, judged as ratios. Peak memory is measured in a process of each side's own.
+"""
+
+import argparse
+import json
+import os
+import platform
+import pydoc_data.topics
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODEL = "smollm2-135m-instruct"
+PROMPT = 2048
+KEPT = 256
+STEPS = 16
+"""Tokens of one timed decode run; runs go on from the cache of the one before."""
+
+DECODE = {"decode, 256 kept": ("snapkv", 2.0), "decode, 2048 kept": ("full", 2.0)}
+PREFILL = {"prefill, snapkv": ("snapkv", 0.8), "prefill, h2o": ("h2o", 2.5)}
+"""Row: method, and how many times as fast as the peer kvx should be."""
+
+
+def main() -> None:
+    """Parse the command line, measure, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(prog="python -m kvx.eval.bench_peers", description=__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each side and row")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--only", choices=["decode", "prefill", "memory"], help="one part of the comparison")
+    arguments = parser.parse_args()
+    if arguments.runs < 1 or arguments.runs > 7:
+        parser.exit(2, f"runs={arguments.runs} is out of range; allowed: 1 to 7 (the caches have room for 128 tokens)\n")
+    _limit_threads(arguments.threads)
+    results = measure(arguments.runs, arguments.threads, arguments.only)
+    show(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def measure(runs: int, threads: int, only: str | None = None) -> dict[str, Any]:
+    """Every row of the comparison, and the circumstances; times in milliseconds, sizes in bytes."""
+    import numpy as np
+
+    from kvx.eval.kvx_side import KvxSide
+    from kvx.eval.peer_side import PeerSide
+    from kvx.models.load import load, save
+
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path, prompt = Path(folder) / "model", Path(folder) / "prompt.npy"
+        model, tokenizer = load(MODEL, dtype="float32")
+        tokens = _prompt(tokenizer)
+        save(model, tokenizer, path)
+        np.save(prompt, tokens)
+        del model
+        rows: dict[str, Any] = {}
+        if only in (None, "memory"):
+            # Before the sides are made: three models at once would be more than a small machine has.
+            for method in ("snapkv", "full"):
+                rows[f"peak memory, {method}"] = _peaks(path, prompt, threads, method)
+        sides = {"kvx": KvxSide(path, threads), "peer": PeerSide(path, threads)} if only != "memory" else {}
+        if only in (None, "decode"):
+            rows |= {name: _decode(sides, tokens, method, runs, goal) for name, (method, goal) in DECODE.items()}
+        if only in (None, "prefill"):
+            rows |= {name: _prefill(sides, tokens, method, runs, goal) for name, (method, goal) in PREFILL.items()}
+    bandwidth = read_bandwidth()
+    for row in rows.values():
+        if "step_bytes" in row:
+            row["floor"] = {side: 1e3 * size / bandwidth for side, size in row["step_bytes"].items()}
+    return {
+        "model": MODEL, "prompt": PROMPT, "runs": runs, "threads": threads, "machine": platform.machine(),
+        "cpus": os.cpu_count(), "load_before": load_before, "load_after": os.getloadavg()[0],
+        "read_bandwidth": bandwidth, "rows": rows,
+    }  # fmt: skip
+
+
+def _decode(sides: dict[str, Any], tokens: Any, method: str, runs: int, goal: float) -> dict[str, Any]:
+    kept = tokens.shape[1] if method == "full" else KEPT
+    for side in sides.values():
+        side.prefill(tokens, method, kept)
+        side.decode(STEPS)  # compiles, warms up
+    times = _alternate({name: (lambda side=side: side.decode(STEPS) / STEPS) for name, side in sides.items()}, runs)
+    return _row(times, goal) | {"step_bytes": {name: side.step_bytes() for name, side in sides.items()}}
+
+
+def _prefill(sides: dict[str, Any], tokens: Any, method: str, runs: int, goal: float) -> dict[str, Any]:
+    def once(side):
+        return lambda: side.prefill(tokens, method, KEPT)
+
+    sides["kvx"].prefill(tokens, method, KEPT)  # compiles
+    return _row(_alternate({name: once(side) for name, side in sides.items()}, runs), goal)
+
+
+def _alternate(measures: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
+    """Milliseconds of each side's runs, the sides taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(runs):
+        for name, once in measures.items():
+            times[name].append(1e3 * once())
+    return times
+
+
+def _row(times: dict[str, list[float]], goal: float) -> dict[str, Any]:
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    return {
+        "unit": "ms", "median": medians, "all": times, "times_as_fast": medians["peer"] / medians["kvx"], "goal": goal,
+    }  # fmt: skip
+
+
+def read_bandwidth(size: int = 512 << 20, tries: int = 7) -> float:
+    """Bytes a second that this process can read from memory with all its threads: the best of a few sums."""
+    import time
+
+    import jax
+    import jax.numpy as jnp
+
+    array = jnp.ones(size // 4, jnp.float32)
+    # Rows, so that the sum is split over threads.
+    total = jax.jit(lambda x: jnp.sum(x.reshape(64, -1), axis=1))
+    total(array).block_until_ready()
+    times = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        total(array).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return size / min(times)
+
+
+def _peaks(path: Path, prompt: Path, threads: int, method: str) -> dict[str, Any]:
+    """Peak resident bytes of a process that loads, prefills and decodes, for each side."""
+    folder = Path(__file__).parent
+    length = PROMPT if method == "full" else KEPT
+    peaks = {}
+    for side in ("kvx", "peer"):
+        # Run as a plain file, so that the peer's process imports nothing of kvx.
+        command = [sys.executable, "-P", str(folder / f"{side}_side.py"), str(path), str(prompt), method]
+        command += [str(length), str(STEPS), str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the {side} side failed with status {done.returncode}:\n{done.stderr[-2000:]}")
+        peaks[side] = int(done.stdout.splitlines()[-1])
+    return {"unit": "bytes", "median": peaks, "share_of_peer": peaks["kvx"] / peaks["peer"], "goal": 1.0}
+
+
+def _prompt(tokenizer: Any) -> Any:
+    import numpy as np
+
+    text = "\n".join(pydoc_data.topics.topics[name] for name in ("assignment", "class", "compound", "exceptions"))
+    return np.asarray([tokenizer.encode(text)[:PROMPT]], np.int32)
+
+
+def _limit_threads(threads: int) -> None:
+    """Pin this process to so many CPUs before any library counts them; XLA has no other switch."""
+    if hasattr(os, "sched_getaffinity"):
+        mine = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, mine[:threads])
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the results as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    gigabytes = results["read_bandwidth"] / 1e9
+    table = Table(
+        title=f"{results['model']}, float32, batch 1, {results['prompt']} prompt tokens, {results['threads']} threads",
+        caption=f"medians of {results['runs']} alternating runs; load {results['load_before']:.1f} before and "
+        f"{results['load_after']:.1f} after, on {results['cpus']} CPUs; memory read at {gigabytes:.1f} GB/s; "
+        "MiB a step: weights and cache; floor: those bytes at that rate",
+    )
+    for name in ("", "kvx", "peer", "ratio", "goal", "MiB a step (kvx, peer)", "floor (kvx, peer)"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, row in results["rows"].items():
+        if row["unit"] == "ms":
+            ratio, goal = f"{row['times_as_fast']:.2f}x", f">= {row['goal']:.1f}x"
+            cells = [f"{row['median'][side]:.1f} ms" for side in ("kvx", "peer")]
+        else:
+            ratio, goal = f"{row['share_of_peer']:.2f}", f"< {row['goal']:.1f}"
+            cells = [f"{row['median'][side] / 2**20:.0f} MiB" for side in ("kvx", "peer")]
+        moved = floor = ""
+        if "step_bytes" in row:
+            moved = ", ".join(f"{row['step_bytes'][side] / 2**20:.0f}" for side in ("kvx", "peer"))
+            floor = ", ".join(f"{row['floor'][side]:.1f}" for side in ("kvx", "peer")) + " ms"
+        table.add_row(name, *cells, ratio, goal, moved, floor)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
