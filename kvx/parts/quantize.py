@@ -39,7 +39,7 @@ class Quantize(Stage):
                 raise BadInput(
                     f"group={self.group} does not divide the head dim {width} of the model's {what}; allowed: a divisor of it"
                 )
-            if width * self.bits % 32 or (self.bits == 3 and width % 32):
+            if width * self.bits % 32:
                 raise BadInput(
                     f"bits={self.bits} does not fill whole 32-bit words at the head dim {width} of the model's {what}; "
                     "allowed: widths whose product with it is a multiple of 32"

@@ -158,7 +158,7 @@ class Packed:
         logits = jnp.concatenate(self._logits(query), axis=-1)
         return slot_probabilities(logits.reshape(*query.raw.shape[:4], -1), lse)
 
-    def _logits(self, query: Query) -> tuple[Float[Array, "B G R*T P"], Float[Array, "B G R*T E"]]:
+    def _logits(self, query: Query) -> tuple[Float[Array, "B G Q P"], Float[Array, "B G Q E"]]:
         """Masked logits of the packed slots and of the ring, whose packed keys are looked up among the former."""
         batch, heads, group, length, dim = query.raw.shape
         rows = query.rotated.reshape(batch, heads, group * length, dim)
