@@ -1,6 +1,7 @@
 """The coded store: every key and value in a few bits, coded by itself the moment it arrives."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -51,8 +52,8 @@ class Code:
         """Channels in each group."""
         return self.group or (width // 2 if self.bits == 2 else width)
 
-    def encode(self, rows: Float[Array, "B G C D"]) -> "TokenCodes | Exact":
-        """Rows coded along their last axis."""
+    def encode(self, rows: Float[Array, "B G C D"]) -> Any:
+        """Rows coded along their last axis: `TokenCodes`, or `Exact` if there is nothing to code."""
         if self.bits is None:
             return Exact(rows)
         return TokenCodes.encode(rows, self.bits, self.channels(rows.shape[-1]))
