@@ -98,7 +98,8 @@ def _block_size(rows: int, length: int) -> int:
 
 def _causal_groups(blocks: int) -> list[tuple[int, int]]:
     """(first, last) block of up to GROUPS runs; a run's queries share one static reach over the keys."""
-    groups = min(GROUPS, blocks)
+    # Two blocks at least: XLA unrolls a loop of one turn, and unrolled blocks are alive together, a whole S x S.
+    groups = max(min(GROUPS, blocks // 2), 1)
     edges = [blocks * index // groups for index in range(groups + 1)]
     return list(zip(edges[:-1], edges[1:], strict=True))
 

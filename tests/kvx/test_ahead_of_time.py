@@ -1,0 +1,63 @@
+"""Claims about decode steps compiled by the real TPU compiler, without a TPU, for a Llama-3.1-8B shape on v5e:2x2.
+
+Four layers by default; all 32 (marked slow) also by hand: `python -m tests.kvx.decode_step_for_v5e --layers 32`.
+"""
+
+import fcntl
+import json
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install kvx[aot]"),
+]
+STEPS = ["full", "snapkv"]
+LAYERS = [4, pytest.param(32, marks=pytest.mark.slow)]
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+KEYS_ON_CHIP = 8 * 2 * 4096 * 128
+"""Entries of one layer's keys that a chip holds: rows, its KV heads, slots, head dim."""
+
+
+@cache
+def reports(layers: int, *programs: str) -> dict[str, dict]:
+    """Compiled in a process of its own, one at a time on this machine: libtpu allows one holder."""
+    command = [sys.executable, "-m", "tests.kvx.decode_step_for_v5e", "--layers", str(layers), *programs]
+    with open(Path(tempfile.gettempdir()) / "kvx-libtpu.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return {line["program"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_decode_step_moves_activations_between_chips_and_never_the_cache(step, layers):
+    collectives = reports(layers, *STEPS)[step]["collectives"]
+    # Two sums a layer (after attention and after the MLP), one for the embedding that is split by vocabulary.
+    assert {kind: found["count"] for kind, found in collectives.items()} == {"all-reduce": 2 * layers + 1}
+    assert collectives["all-reduce"]["largest"] == 8 * 4096
+
+
+def test_the_count_finds_the_gathers_of_a_step_that_wants_the_whole_cache_on_every_chip():
+    collectives = reports(1, "gathering")["gathering"]["collectives"]
+    assert max(found["largest"] for found in collectives.values()) >= 4 * KEYS_ON_CHIP
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_decode_step_writes_into_the_donated_cache_and_fits_the_chip(step, layers):
+    found = reports(layers, *STEPS)[step]
+    assert found["alias_bytes"] >= found["cache_bytes"] >= 2 * 2 * KEYS_ON_CHIP * layers
+    # A copy of one layer's keys on a chip would be 16 MiB; what is there holds activations and the logits' partials.
+    in_use = found["argument_bytes"] + found["output_bytes"] - found["alias_bytes"] + found["temporary_bytes"]
+    assert found["temporary_bytes"] < 0.0625 * GIB
+    assert in_use < 16 * GIB
