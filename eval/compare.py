@@ -11,22 +11,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import kvx
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.eval.passkey import ANSWER, Passkey, passkeys, spread
-from kvx.eval.perplexity import perplexities
+from kvx.eval.perplexity import WORKERS, as_bfloat16, perplexities
+from kvx.eval.progress import Steps
 from kvx.eval.prose import Prose, documents
 from kvx.eval.results import PolicyResult, Results
 from kvx.eval.stopwatch import Stopwatch
@@ -60,7 +60,8 @@ class Workload:
         prompt: tokens of each that are prefilled.
         forced: tokens of each that go through the decode path.
         calibration: texts and their length in tokens, for policies that learn.
-        timed_length: the passkey length at which speed is reported.
+        timed_length: the passkey length at which decoding is timed; it needs two passes, and each prompt makes two.
+        prefill_length: the passkey length at which each policy's prefill is timed alone.
     """
 
     passkey: tuple[tuple[int, int], ...] = ((1024, 3), (2048, 2), (4096, 1))
@@ -69,6 +70,7 @@ class Workload:
     forced: int = 128
     calibration: tuple[int, int] = (4, 1024)
     timed_length: int = 2048
+    prefill_length: int = 1024
 
     @classmethod
     def long(cls) -> "Workload":
@@ -127,7 +129,7 @@ def compare_policies(
     chosen = [*([] if "full" in texts else [kvx.policies.full()]), *policies]
     chosen.sort(key=lambda policy: policy.text != "full")
     job = _Job(workload, seed, chosen, prose)
-    with _Steps(job.steps, console) as steps:
+    with Steps(job.steps, console) as steps:
         job.run(model, steps)
     name = model if isinstance(model, str) else type(model[0]).__name__
     return Results(
@@ -149,7 +151,8 @@ class _Job:
     def __init__(self, workload: Workload, seed: int, policies: list[kvx.Policy], prose: Prose):
         self.workload, self.seed, self.policies, self.prose = workload, seed, policies, prose
         self.rows = {policy.text: PolicyResult(policy.text, policy.bounded) for policy in policies}
-        self.rates: dict[str, list[tuple[bool, float]]] = {policy.text: [] for policy in policies}
+        self.rates: dict[str, list[float]] = {policy.text: [] for policy in policies}
+        self.warm = False
         self.watch = Stopwatch()
         prompts = sum(count for _, count in workload.passkey)
         self.steps = 3 + (2 * prompts + 2) * len(policies) + 2 * prompts
@@ -178,7 +181,7 @@ class _Job:
                 order = "before" if aware else "after"
                 label = f"passkey {number + 1}/{len(prompts)}, {length} tokens, question {order} compression"
                 self._passkey(decoder, tokenizer, prompt, length, aware, lambda name, at=label: step(f"{at}: {name}"))
-        timed = next(prompt for length, prompt in prompts if length == self.workload.timed_length)
+        timed = next(prompt for length, prompt in prompts if length == self.workload.prefill_length)
         self._prefill_times(decoder, timed, step)
         for text, row in self.rows.items():
             self._summarise(row, self.rates[text])
@@ -195,14 +198,14 @@ class _Job:
 
     def _perplexity(self, decoder: Decoder, held_out: np.ndarray, step: Callable[[str], None]) -> None:
         found = perplexities(decoder, held_out, self.workload.prompt, self.policies)
-        reference = 0
+        full = 0
         for policy in self.policies:
             step(f"perplexity: {policy.text}")
             with self.watch.phase("perplexity"):
-                value, cache = next(found)
+                value, nbytes, halved = next(found)
             row = self.rows[policy.text]
-            reference = reference or as_bfloat16(cache)
-            row.perplexity, row.perplexity_share_of_bf16 = value, cache.nbytes / reference
+            full = full or halved  # the full cache comes first
+            row.perplexity, row.perplexity_share_of_bf16 = value, nbytes / full
 
     def _passkey(
         self, decoder: Decoder, tokenizer: Any, prompt: Passkey, length: int, aware: bool, step: Callable[[str], None]
@@ -214,34 +217,42 @@ class _Job:
         with self.watch.phase("passkey: prefill"):
             room = len(prompt.question) + ANSWER
             _, caches = kvx.prefill(decoder, ids, tuple(self.policies), max_new_tokens=room)
-            waiting = list(jax.block_until_ready(caches))
-        del caches
-        full = waiting[0].nbytes, as_bfloat16(waiting[0])
-        for policy in self.policies:
-            cache = waiting.pop(0)
-            row = self.rows[policy.text]
-            step(policy.text)
-            if length == self.workload.longest and not aware:
-                row.cache_bytes, row.bytes_read = cache.nbytes, cache.bytes_read()
-                row.bytes_per_token = cache.nbytes / ids.shape[1]
-                row.share_of_full, row.share_of_bf16 = (cache.nbytes / whole for whole in full)
-            with self.watch.phase("passkey: decode") as lap:
-                result = kvx.generate(
-                    decoder,
-                    np.asarray([given]),
-                    policy=policy,
-                    cache=cache,
-                    max_new_tokens=ANSWER,
-                    stop=tokenizer.eos_ids,
-                )
-                new = [token for token in np.asarray(result.tokens)[0].tolist() if token >= 0]
-            answer = tokenizer.decode(new)
-            row.answers.append(
-                {"length": length, "depth": round(prompt.depth, 3), "aware": aware, "key": prompt.key,
-                 "answer": answer, "correct": prompt.correct(answer)}
-            )  # fmt: skip
-            if length == self.workload.timed_length:
-                self.rates[policy.text].append((lap.warm, (len(given) + len(new) - 1) / lap.wall))
+            assert isinstance(caches, tuple), "a tuple of policies gives a tuple of caches"
+            jax.block_until_ready(caches)
+        if length == self.workload.longest and not aware:
+            for policy, cache in zip(self.policies, caches, strict=True):
+                self._bytes(self.rows[policy.text], cache, caches[0], ids.shape[1])
+        stop = [*tokenizer.eos_ids, *_ends(tokenizer)]
+
+        def answer(policy: kvx.Policy, cache: KVCache) -> tuple[list[int], float]:
+            begin = time.perf_counter()
+            result = kvx.generate(
+                decoder, np.asarray([given]), policy=policy, cache=cache, max_new_tokens=ANSWER, stop=stop
+            )
+            new = [token for token in np.asarray(result.tokens)[0].tolist() if token >= 0]
+            return new, time.perf_counter() - begin
+
+        # The first prompt of the timed length compiles for all that follow of it.
+        timed = length == self.workload.timed_length and self.warm
+        self.warm = self.warm or length == self.workload.timed_length
+        phase = "passkey: decode, timed" if timed else "passkey: decode, two at a time, with compilation"
+        with self.watch.phase(phase), ThreadPoolExecutor(1 if timed else WORKERS) as pool:
+            answers = pool.map(answer, self.policies, caches)
+            del caches
+            for policy, (new, seconds) in zip(self.policies, answers, strict=True):
+                step(policy.text)
+                text = tokenizer.decode(new)
+                self.rows[policy.text].answers.append(
+                    {"length": length, "depth": round(prompt.depth, 3), "aware": aware, "key": prompt.key,
+                     "answer": text, "correct": prompt.correct(text)}
+                )  # fmt: skip
+                if timed:
+                    self.rates[policy.text].append((len(given) + len(new) - 1) / seconds)
+
+    def _bytes(self, row: PolicyResult, cache: KVCache, full: KVCache, tokens: int) -> None:
+        row.cache_bytes, row.bytes_read = cache.nbytes, cache.bytes_read()
+        row.bytes_per_token = cache.nbytes / tokens
+        row.share_of_full, row.share_of_bf16 = cache.nbytes / full.nbytes, cache.nbytes / as_bfloat16(full)
 
     def _prefill_times(self, decoder: Decoder, prompt: Passkey, step: Callable[[str], None]) -> None:
         """Each policy alone: the exact pass with the evidence it reads, and its packing."""
@@ -256,51 +267,14 @@ class _Job:
                 if lap.warm:
                     break
 
-    def _summarise(self, row: PolicyResult, rates: list[tuple[bool, float]]) -> None:
+    def _summarise(self, row: PolicyResult, rates: list[float]) -> None:
         for aware in (False, True):
             correct = [answer["correct"] for answer in row.answers if answer["aware"] == aware]
             setattr(row, "aware" if aware else "agnostic", sum(correct) / len(correct))
-        warm = [rate for is_warm, rate in rates if is_warm] or [rate for _, rate in rates]
-        row.tokens_per_second = statistics.median(warm)
+        row.tokens_per_second = statistics.median(rates)
 
 
-def as_bfloat16(cache: KVCache) -> int:
-    """Bytes that a cache would take with its floating-point arrays in bfloat16."""
-    return sum(
-        leaf.size * 2 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.nbytes for leaf in jax.tree.leaves(cache)
-    )
-
-
-class _Steps:
-    """A progress bar that names the current step; lines where there is no terminal, one for each stage of the job."""
-
-    def __init__(self, total: int, console: Console | None):
-        self.console = console or Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task("start", total=total)
-        self.begin, self.done, self.stage = time.perf_counter(), 0, ""
-
-    def __enter__(self) -> "_Steps":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, label: str) -> None:
-        """A step begins, hence the one before is done."""
-        self.bar.update(self.task, description=label, completed=self.done)
-        self.done += 1
-        stage = label.rpartition(":")[0] or label
-        if stage != self.stage and not self.console.is_terminal:
-            seconds = time.perf_counter() - self.begin
-            self.console.print(f"{seconds:6.1f} s  {stage}", highlight=False, soft_wrap=True)
-        self.stage = stage
+def _ends(tokenizer: Any) -> list[int]:
+    """Tokens that end an answer early: a key is a number, nothing after its full stop is read."""
+    found = [tokenizer.encode(mark, add_special=False) for mark in (".", "\n")]
+    return [ids[0] for ids in found if len(ids) == 1]

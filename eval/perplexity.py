@@ -1,7 +1,9 @@
 """Perplexity of held-out prose through the decode path, so that the cache policy acts on what is predicted."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
@@ -10,14 +12,26 @@ import kvx
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
 
+WORKERS = 2
+"""Policies that run at a time where nothing is timed."""
+
+
+def as_bfloat16(cache: KVCache) -> int:
+    """Bytes that a cache would take with its floating-point arrays in bfloat16."""
+    return sum(
+        leaf.size * 2 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.nbytes for leaf in jax.tree.leaves(cache)
+    )
+
 
 def perplexities(
     model: Decoder, documents: Int[np.ndarray, "B T"], prompt: int, policies: Sequence[kvx.Policy]
-) -> Iterator[tuple[float, KVCache]]:
+) -> Iterator[tuple[float, int, int]]:
     """exp of the mean negative log-probability of the tokens after the prompt, policy by policy.
 
     The prompts are prefilled in one pass for all policies; the rest is forced through the decode path token by token,
     under each policy's cache.
+
+    Two policies run at a time, since one compiles on one core while the other decodes.
 
     Args:
         documents: one batch; all of one length.
@@ -25,13 +39,16 @@ def perplexities(
         policies: what to measure.
 
     Yields:
-        The perplexity over all rows and forced tokens, and the cache after them.
+        The perplexity over all rows and forced tokens, the cache's bytes, and what they would be in bfloat16.
     """
     forced = documents[:, prompt:]
     logits, caches = kvx.prefill(model, documents[:, :prompt], tuple(policies), max_new_tokens=forced.shape[1])
     assert isinstance(caches, tuple), "a tuple of policies gives a tuple of caches"
-    waiting = list(caches)
-    del caches
-    for policy in policies:
-        scores, cache = kvx.teacher_forced(model, forced, waiting.pop(0), policy, logits)
-        yield float(jnp.exp(-jnp.mean(scores))), cache
+
+    def one(policy: kvx.Policy, cache: KVCache) -> tuple[float, int, int]:
+        sizes = cache.nbytes, as_bfloat16(cache)
+        scores, _ = kvx.teacher_forced(model, forced, cache, policy, logits)
+        return float(jnp.exp(-jnp.mean(scores))), *sizes
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        yield from pool.map(one, policies, caches)

@@ -114,11 +114,12 @@ def print_results(results: Results, as_json: bool = False, timings: bool = False
     console = Console(width=None if Console().is_terminal else 170)
     console.print(table(results))
     longest, timed = results.workload["longest"], results.workload["timed_length"]
+    alone = results.workload["prefill_length"]
     console.print(
         f"Bytes: one prompt of {longest} tokens and room for its answer. Perplexity: {results.workload['documents']} "
         f"documents, {results.workload['prompt']} tokens prefilled, {results.workload['forced']} forced through the "
         f"decode path ('there': cache bytes in that workload, of bf16). Passkey: question after / before compression. "
-        f"Times at {timed} tokens, batch 1, compilation excluded.",
+        f"Prefill of {alone} tokens, decoding after {timed}: batch 1, compilation excluded.",
         highlight=False,
     )
     if timings:

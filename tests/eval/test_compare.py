@@ -10,14 +10,23 @@ from rich.console import Console
 
 import kvx
 from kvx.errors import BadInput
-from kvx.eval.compare import DEFAULTS, Workload, as_bfloat16, checked_out, compare_policies, default_policies
+from kvx.eval.compare import DEFAULTS, Workload, checked_out, compare_policies, default_policies
 from kvx.eval.frontier_plot import frontier
+from kvx.eval.perplexity import as_bfloat16
 from kvx.eval.prose import prose
 from kvx.eval.results import print_results
 from tests.eval.letters import Letters
 from tests.tiny import model, prompts
 
-SMALL = Workload(passkey=((320, 2), (384, 1)), documents=2, prompt=96, forced=16, calibration=(2, 64), timed_length=320)
+SMALL = Workload(
+    passkey=((320, 2), (384, 1)),
+    documents=2,
+    prompt=96,
+    forced=16,
+    calibration=(2, 64),
+    timed_length=320,
+    prefill_length=320,
+)
 POLICIES = ("snapkv(budget=80)", "q_filters(budget=80)", "kivi(bits=2)")
 
 
