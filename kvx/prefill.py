@@ -169,8 +169,15 @@ def _whole(model: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], 
     for layer, block in enumerate(model.blocks):
         requests, rotated = _union(plans, layer)
         x, new, evidence = attend(block, x, positions, requests=requests, rotated=rotated)
+        forms = {rotated: new}
         for plan in plans:
-            plan.take(layer, new, evidence, lengths)
+            # Each policy gets the form it keeps, so that it compiles to the same program as alone.
+            form = plan.policies[layer].rotated
+            if form not in forms:
+                forms[form] = _reform(new, rotated=form)
+            plan.take(layer, forms[form], evidence, lengths)
+        # Bound any longer, they would live on beside the next layer's.
+        del new, forms, evidence
     return x
 
 
@@ -203,6 +210,11 @@ def _union(plans: list[_Plan], layer: int) -> tuple[Requests, bool]:
     for plan in plans:
         requests |= plan.policies[layer].observe(prefill=True)
     return requests, all(plan.policies[layer].rotated for plan in plans)
+
+
+@partial(jax.jit, static_argnames=("rotated",))
+def _reform(tokens: Tokens, *, rotated: bool) -> Tokens:
+    return tokens.with_form(rotated)
 
 
 @jax.jit
