@@ -2,15 +2,14 @@
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from kvx.eval.results import Results
 
 Point = tuple[float, float, str]
 
-_COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#9c6b4e", "#97bbf5", "#efb118", "#6cc5b0")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_BEST, _OTHER = "#1f4e9c", "#a8b3c2"
 
 
 def frontier_png(results: "Results") -> bytes:
@@ -22,33 +21,30 @@ def frontier_png(results: "Results") -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.5, 6.4), dpi=140, layout="constrained")
+    figure = Figure(figsize=(14, 6.6), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    names = [row.policy for row in results.policies]
-    style = {
-        name: (_COLOURS[index % len(_COLOURS)], _MARKERS[(index // len(_COLOURS) + index) % len(_MARKERS)])
-        for index, name in enumerate(names)
-    }
     perplexity = [(row.perplexity_share_of_bf16, row.perplexity, row.policy) for row in results.policies]
     work = results.workload
-    _panel(left, perplexity, style, lower_is_better=True)
+    best_left = _panel(left, perplexity, lower_is_better=True)
     left.set(
         title="Perplexity of held-out prose",
         ylabel="perplexity (lower is better)",
         xlabel=f"cache bytes, share of a bf16 full cache, {work['prompt'] + work['forced']} tokens",
     )
     passkey = [(row.share_of_bf16, 50 * (row.agnostic + row.aware), row.policy) for row in results.policies]
-    _panel(right, passkey, style, lower_is_better=False)
+    best_right = _panel(right, passkey, lower_is_better=False)
     right.set(
         title="Passkeys found, question after and before compression",
         ylabel="accuracy in % (higher is better)",
         xlabel=f"cache bytes, share of a bf16 full cache, {work['longest']} tokens",
         ylim=(-6, 112),
     )
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(handles)), frameon=False, fontsize=9)
-    figure.suptitle(f"{results.model}: quality against bytes", fontsize=13)
+    figure.suptitle(f"{results.model}: quality against bytes; dark: nothing is better in both", fontsize=13)
+    # Titles and limits move points on the page, so names come last.
+    figure.draw_without_rendering()
+    _labels(left, perplexity, best_left)
+    _labels(right, passkey, best_right)
     target = io.BytesIO()
     figure.savefig(target, format="png")
     return target.getvalue()
@@ -65,50 +61,79 @@ def frontier(points: Sequence[Point], lower_is_better: bool) -> list[Point]:
     return kept
 
 
-def _panel(axes, points: Sequence[Point], style: dict[str, tuple[str, str]], lower_is_better: bool) -> None:
+def _panel(axes: Any, points: Sequence[Point], lower_is_better: bool) -> list[Point]:
     edge = frontier(points, lower_is_better)
     axes.plot(
         [point[0] for point in edge], [point[1] for point in edge],
-        color="0.6", drawstyle="steps-post", linewidth=1.4, zorder=1, label="frontier",
+        color=_BEST, alpha=0.45, drawstyle="steps-post", linewidth=1.6, zorder=1,
     )  # fmt: skip
-    for share, value, name in points:
-        colour, marker = style[name]
-        axes.scatter(share, value, color=colour, marker=marker, s=58, zorder=3, label=name, edgecolor="white",
-                     linewidth=0.6)  # fmt: skip
+    for point in points:
+        axes.scatter(*point[:2], color=_BEST if point in edge else _OTHER, s=46, zorder=3, edgecolor="white")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-    axes.xaxis.set_minor_formatter(lambda share, _: f"{100 * share:g}" if f"{share:.0e}"[0] in "235" else "")
-    axes.grid(True, which="both", color="0.92", linewidth=0.8)
+    axes.xaxis.set_minor_formatter(lambda share, _: f"{100 * share:g} %" if f"{share:.0e}"[0] in "235" else "")
+    axes.grid(True, which="both", color="0.94", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    if lower_is_better and max(point[1] for point in points) > 2.5 * min(point[1] for point in points):
+    values = [point[1] for point in points]
+    if lower_is_better and max(values) > 1.5 * min(values):
+        # A policy that fails would otherwise press all others into one line.
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    _labels(axes, points)
+    axes.margins(x=0.12, y=0.12)
+    return edge
+    _labels(axes, points, edge)
 
 
-def _labels(axes, points: Sequence[Point]) -> None:
-    """A name beside every point, pushed apart vertically where points crowd."""
-    axes.margins(x=0.16, y=0.1)
-    axes.figure.canvas.draw()
-    height = 11.0 * axes.figure.dpi / 72
-    width = 150.0 * axes.figure.dpi / 140
-    placed: list[tuple[float, float]] = []
-    middle = sum(axes.transAxes.transform([(0, 0), (1, 0)])[:, 0]) / 2
-    for share, value, name in sorted(points, key=lambda point: (point[1], point[0])):
-        x, y = axes.transData.transform((share, value))
-        spot = y
-        while any(abs(x - other) < width and abs(spot - taken) < height for other, taken in placed):
-            spot += height / 4
-        placed.append((x, spot))
-        left = x > middle + 0.25 * middle
+def _labels(axes: Any, points: Sequence[Point], edge: Sequence[Point]) -> None:
+    """A name beside every point: of some places around it the first that covers nothing, else the least covering."""
+    pixel = axes.figure.dpi / 72
+    spots = {point: axes.transData.transform(point[:2]) / pixel for point in points}
+    frame = axes.bbox
+    inside = _Box(frame.x0 / pixel, frame.y0 / pixel, frame.x1 / pixel, frame.y1 / pixel)
+    taken = [_Box(x - 4, y - 4, x + 4, y + 4) for x, y in spots.values()]
+    # Points in a crowd choose first.
+    crowd = {
+        point: sum(abs(x - u) < 90 and abs(y - v) < 30 for u, v in spots.values()) for point, (x, y) in spots.items()
+    }
+    for point in sorted(points, key=lambda point: -crowd[point]):
+        x, y = spots[point]
+        width, height = 4.5 * len(point[2]), 9.5
+        boxes = [
+            _Box.around(x + dx * reach + dx * width / 2, y + dy * reach, width, height)
+            for reach in (9, 15, 23, 33, 45, 60, 80, 100)
+            for dx, dy in ((1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1))
+        ]
+        costs = [sum(box.overlap(other) for other in taken) + 4 * box.outside(inside) for box in boxes]
+        box = boxes[costs.index(min(costs))]
+        taken.append(box)
+        middle = ((box.left + box.right) / 2, (box.low + box.high) / 2)
+        far = abs(middle[1] - y) > 12 or abs(middle[0] - x) > width / 2 + 14
         axes.annotate(
-            _short(name), (share, value), xytext=((-8 if left else 8), (spot - y) * 72 / axes.figure.dpi),
-            textcoords="offset points", ha="right" if left else "left", va="center", fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.6} if spot - y > height / 2 else None,
+            point[2], point[:2], xytext=(middle[0] - x, middle[1] - y), textcoords="offset points",
+            ha="center", va="center", fontsize=8, color=_BEST if point in edge else "0.25", zorder=4,
+            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.6, "shrinkB": 3} if far else None,
         )  # fmt: skip
 
 
-def _short(name: str) -> str:
-    """Without parameter names, which the legend gives in full."""
-    return name.replace("budget=", "").replace("bits=", "").replace("high=", "")
+class _Box(NamedTuple):
+    """A rectangle in points."""
+
+    left: float
+    low: float
+    right: float
+    high: float
+
+    @classmethod
+    def around(cls, x: float, y: float, width: float, height: float) -> "_Box":
+        return cls(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+
+    def overlap(self, other: "_Box") -> float:
+        """The area they share."""
+        width = min(self.right, other.right) - max(self.left, other.left)
+        height = min(self.high, other.high) - max(self.low, other.low)
+        return max(width, 0) * max(height, 0)
+
+    def outside(self, frame: "_Box") -> float:
+        """The area beyond the frame."""
+        return (self.right - self.left) * (self.high - self.low) - self.overlap(frame)
