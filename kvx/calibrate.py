@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -66,11 +66,14 @@ def calibrate(
 
 
 def _sample(sizes: list[int], rows: int, seed: int) -> list[Int[np.ndarray, "N"]]:
-    """For each text the places of its tokens in the sample, in order."""
-    total = sum(sizes)
-    picked = np.sort(np.random.default_rng(seed).choice(total, min(rows, total), replace=False))
-    starts = np.cumsum([0, *sizes])
-    return [picked[(picked >= start) & (picked < end)] - start for start, end in pairwise(starts)]
+    """For each text the places of its tokens in the sample, in order.
+
+    Texts share the rows in proportion to their size, so that texts of one shape compile to one program.
+    """
+    random, total = np.random.default_rng(seed), sum(sizes)
+    ends = [min(rows, total) * end // total for end in accumulate(sizes)]
+    counts = [end - start for start, end in pairwise([0, *ends])]
+    return [np.sort(random.choice(size, count, replace=False)) for size, count in zip(sizes, counts, strict=True)]
 
 
 def _positions(text: Int[Array, "B T"]) -> Int[Array, "B T"]:
