@@ -14,7 +14,7 @@ demo: $(VENV)/kvx
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not peer"
 
-slow: $(VENV)/test
+slow: $(VENV)/aot
 	$(BIN)/python -m pytest -m "slow and not peer"
 
 peers: $(VENV)/peers
@@ -42,6 +42,10 @@ $(VENV)/kvx: pyproject.toml constraints.txt
 
 $(VENV)/test: $(VENV)/kvx
 	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/aot: $(VENV)/test
+	$(PIP) -e ".[aot]"
 	touch $@
 
 $(VENV)/notebook: $(VENV)/test

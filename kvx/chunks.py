@@ -41,7 +41,8 @@ class ChunkedPrompt:
         positions = jnp.where(index < self.lengths[:, None], index, -1)
         form = {"requests": requests, "rotated": rotated, "renumber": renumber}
         if layer not in self.held:
-            x, *self.held[layer] = attend(block, x, positions, **form)
+            x, tokens, evidence = attend(block, x, positions, **form)
+            self.held[layer] = (tokens, evidence)
             return x
         past, before = self.held[layer]
         # Padded to a bucket, so that the growing past of a long prompt needs few compiled programs.
@@ -51,9 +52,8 @@ class ChunkedPrompt:
         return x
 
     def finished(self, layer: int) -> tuple[Tokens, Evidence]:
-        """The layer's tokens and evidence, ready to be packed."""
-        tokens, evidence = self.held[layer]
-        return tokens, evidence
+        """The layer's tokens and evidence, ready to be packed; the layer lets go of them."""
+        return self.held.pop(layer)
 
     def cut(self, layer: int, policy: Policy, capacity: int, spec: Spec) -> None:
         """Keep of a layer what the policy selects by the last chunk's evidence."""

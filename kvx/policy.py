@@ -107,7 +107,10 @@ class Stage:
         return Requests()
 
     def capacity(self, spec: Spec, layer: int) -> int | None:
-        """The most slots a row and head may need; None: no limit of its own. Checks that the budget is possible."""
+        """The most tokens a row and head may keep, however many there are; None: no limit of its own.
+
+        Called before any work: the place to refuse what cannot run on this model (BadInput).
+        """
         return None
 
     def stats(
@@ -176,7 +179,7 @@ class Policy:
 
     @property
     def bounded(self) -> bool:
-        """Whether the cache stays within its budget during generation."""
+        """Whether this cache stays within its budget however long the generation; ask it of each layer (`at`)."""
         return any(stage.bounded for stage in self.stages)
 
     @property
@@ -214,10 +217,9 @@ class Policy:
         A stage that acts at every step needs one slot beyond its budget, since a fresh token is seen before anything
         leaves; other policies keep every generated token.
         """
-        limits = [stage.capacity(replace(spec, prompt=spec.prompt + spec.room), layer) for stage in self.stages]
-        bounds = [limit for stage, limit in zip(self.stages, limits, strict=True) if stage.bounded and limit is not None]
+        bounds = [stage.capacity(spec, layer) for stage in self.stages if stage.bounded]
         grown = self.capacity(spec, layer) + spec.room
-        return round_up(min([grown, *(bound + 1 for bound in bounds)]))
+        return round_up(min([grown, *(bound + 1 for bound in bounds if bound is not None)]))
 
     def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> Tokens:
         """The tokens with every stage's statistics."""

@@ -80,6 +80,11 @@ def prefill(
     if prefill_chunk is not None and compress == "chunk" and not alone:
         raise BadInput("policy is a tuple, but with compress='chunk' each policy changes what later chunks see; "
                        "allowed: one policy")
+    if prefill_chunk is not None and compress == "chunk" and policies[0].decides == "end":
+        raise BadInput(
+            f"compress='chunk' cannot serve {policies[0].text}, which decides when every layer's prompt is known; allowed: "
+            "'end'"
+        )
     plans = [_Plan(each, specs, cache_dtype, placement) for each in policies]
     if prefill_chunk is None:
         x = _whole(model, tokens, lengths, plans)
@@ -124,7 +129,9 @@ class _Plan:
                 tokens, evidence = self.held[layer]
                 self.held[layer] = None  # each layer's full keys and values go as soon as they are packed
                 self._pack(layer, tokens, evidence, lengths, shares[layer])
-        room = ENDLESS if self.policy.bounded else self.specs[0].room
+        # An exempt layer keeps every token, so it needs room though others are bounded.
+        bounded = all(each.bounded for each in self.policies)
+        room = ENDLESS if bounded else self.specs[0].room
         # Placed too, or the first decode step would take a different program than all that follow.
         # Copied, since a cache is donated: caches of one pass, and the caller's own lengths, must not go with it.
         counters = place_rows(self.placement, (jnp.copy(lengths), jnp.int32(room)))
@@ -193,8 +200,9 @@ def _chunked(model, tokens, lengths, plans, chunk: int, compress: str):
             requests, rotated = _union(plans, layer)
             x = prompt.extend(layer, block, x, start, requests, rotated, plans[0].policy.renumber)
             if last:
+                tokens_held, evidence = prompt.finished(layer)
                 for plan in plans:
-                    plan.take(layer, *prompt.finished(layer), lengths)
+                    plan.take(layer, tokens_held, evidence, lengths)
             elif compress == "chunk":
                 plan = plans[0]
                 prompt.cut(layer, plan.policies[layer], plan.capacities[layer], plan.specs[layer])

@@ -76,7 +76,8 @@ def whole(value: object, name: str, least: int, most: int | None = None) -> int:
         BadInput: not an int in [least, most].
     """
     allowed = f"an int of at least {least}" if most is None else f"an int from {least} to {most}"
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least or (most or value) < value:
+    number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not number or value < least or (most is not None and value > most):
         raise BadInput(f"{name}={value!r} is out of range; allowed: {allowed}")
     return int(value)
 

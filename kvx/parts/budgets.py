@@ -37,7 +37,7 @@ class Budget(Protocol):
         return [None] * len(measures)
 
     def capacity(self, spec: Spec, layer: int) -> int:
-        """The most slots one head of this layer may get for any admissible prompt length: a static shape."""
+        """The most slots one head of this layer may get at any admissible prompt length; bounds a static shape."""
         ...
 
     def counts(
@@ -45,6 +45,15 @@ class Budget(Protocol):
     ) -> Int[Array, "B G"]:
         """Slots per row and head. `scores` are +inf on protected tokens."""
         ...
+
+    def recent(self, amount: Amount | None, sinks: int, context: Context) -> Int[Array, "B"]:
+        """How many of the newest tokens this layer protects, beside `sinks` first ones."""
+        lengths = context.lengths
+        return jnp.zeros_like(lengths) if amount is None else amount.of(lengths, context.spec.prompt)
+
+    def at_least(self, counts: Int[Array, "B G"], protected: Int[Array, "B G"]) -> Int[Array, "B G"]:
+        """Counts once more: with a share of a short prompt the protected tokens may outnumber the budget, and win."""
+        return jnp.maximum(counts, protected)
 
 
 @pytree
@@ -54,7 +63,7 @@ class Uniform(Budget):
     amount: Amount = static()
 
     def capacity(self, spec: Spec, layer: int) -> int:
-        return min(self.amount.most(spec.prompt), spec.prompt)
+        return self.amount.most(spec.prompt)
 
     def counts(
         self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context
@@ -72,7 +81,7 @@ class LayerTable(Budget):
     def capacity(self, spec: Spec, layer: int) -> int:
         if len(self.table) != spec.layers:
             raise BadInput(f"table has {len(self.table)} entries; allowed: one for each of the {spec.layers} layers")
-        return min(self.table[layer], spec.prompt)
+        return self.table[layer]
 
     def counts(
         self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context
@@ -110,7 +119,8 @@ class Pyramid(Budget):
         """(L, B) whole slots per layer for prompts of `lengths` and an average budget each, in integers throughout."""
         base = xp.maximum(budgets - self.window, 0)
         steps = max(layers - 1, 1)
-        bottom = xp.minimum((2 * self.beta - 1) * base, self.beta * xp.maximum(lengths - self.window, 0))
+        steepest = 2 * self.beta - 1 if layers > 1 else self.beta  # a single layer has no line to fall along
+        bottom = xp.minimum(steepest * base, self.beta * xp.maximum(lengths - self.window, 0))
         top = 2 * self.beta * base - bottom
         index = xp.arange(layers)[:, None]
         scaled = steps * bottom - index * (bottom - top)  # over beta * steps
@@ -136,7 +146,7 @@ class Compete(Budget):
     floor: float = static(0.2)
 
     def capacity(self, spec: Spec, layer: int) -> int:
-        return min(self.amount.most(spec.prompt) * spec.attention.kv_heads, spec.prompt)
+        return self.amount.most(spec.prompt) * spec.attention.kv_heads
 
     def total(self, spec: Spec) -> int:
         """The most slots all heads of a layer get together."""

@@ -106,10 +106,8 @@ class Demote(Stage):
 
         The most over all layers, since one compiled body serves equal layers.
         """
-        if not self.host.bounded:
-            return round_up(max(self.host.capacity(spec, layer) for layer in range(spec.layers)) + spec.room)
-        longest = replace(spec, prompt=spec.prompt + spec.room)
-        return round_up(max(self.host.capacity(longest, layer) for layer in range(spec.layers)) + 2)
+        most = max(self.host.capacity(spec, layer) for layer in range(spec.layers))
+        return round_up(most + 2 if self.host.bounded else most + spec.room)
 
     def _factors(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G D"]:
         """The balance by the whole prompt, frozen here."""

@@ -75,7 +75,7 @@ class Evict(Stage):
     def capacity(self, spec: Spec, layer: int) -> int:
         self.score.check(spec)
         protected = self.sinks + (self.recent.most(spec.prompt) if self.recent else 0)
-        return min(max(self.budget.capacity(spec, layer), protected), spec.prompt)
+        return max(self.budget.capacity(spec, layer), protected)
 
     def stats(
         self, tokens: Tokens, evidence: Evidence | None, context: Context
@@ -87,15 +87,14 @@ class Evict(Stage):
     def keep(
         self, tokens: Tokens, mask: Bool[Array, "B G T"], evidence: Evidence, context: Context
     ) -> tuple[Tokens, Bool[Array, "B G T"], Any]:
-        recent = 0 if self.recent is None else self.recent.of(context.lengths, context.spec.prompt)
+        recent = self.budget.recent(self.recent, self.sinks, context)
         protected = self.protected(tokens, evidence, recent)
         scores = jnp.where(protected, jnp.inf, self.rank(tokens, evidence))
         counts = self.budget.counts(jnp.where(mask, scores, -jnp.inf), mask, context)
-        # With a share of a short prompt the protected tokens may outnumber the budget: they win.
-        counts = jnp.maximum(counts, jnp.sum(protected & mask, axis=-1))
+        counts = self.budget.at_least(counts, jnp.sum(protected & mask, axis=-1))
         kept = top(scores, mask, counts)
         tokens, carried = self.losers.settle(tokens, kept, mask & ~kept, evidence)
-        return tokens, kept, (counts, jnp.broadcast_to(recent, context.lengths.shape), carried)
+        return tokens, kept, (counts, recent, carried)
 
     def step(self, store: Any, state: Any, evidence: Evidence, context: Context) -> tuple[Any, Any]:
         if not self.every_step:

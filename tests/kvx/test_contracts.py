@@ -135,7 +135,13 @@ def test_a_row_that_has_ended_leaves_its_cache_as_it_is(model, name):
     assert np.abs(np.asarray(logits[1] - short[1])).max() < 5e-4
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.build(BUDGET).bounded])
+def is_endless(name: str) -> bool:
+    """Whether every layer of the tiny model stays within its budget."""
+    policy = CASES[name].build(BUDGET)
+    return all(policy.at(layer, 3).bounded for layer in range(3))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if is_endless(name)])
 def test_a_bounded_policy_runs_past_its_room_in_constant_memory(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     policy = CASES[name].build(BUDGET)
@@ -149,6 +155,17 @@ def test_a_bounded_policy_runs_past_its_room_in_constant_memory(model, name):
         newest = np.asarray(layer.positions()).max(axis=(1, 2))
         # TOVA may drop the newest token at once; every other rule protects it or ranks it by what it received.
         assert (newest >= lengths + 300 - 40).all()
+
+
+@pytest.mark.parametrize("name", ["snapkv", "d2o", "kivi"])
+def test_a_cache_without_room_refuses_more_tokens(model, name):
+    """d2o is bounded, but its exempt first layer is not."""
+    tokens, lengths = tiny.prompts(*LENGTHS)
+    policy = CASES[name].build(BUDGET)
+    _, cache = kvx.prefill(model, tokens, policy, lengths, max_new_tokens=STEPS)
+    text = np.zeros((3, 300), np.int32)
+    with pytest.raises(kvx.BadInput, match="room for 128 more tokens, 300 are needed"):
+        kvx.prefill(model, text, policy, None, cache)
 
 
 def test_nbytes_is_the_sum_of_the_arrays(model):
