@@ -1,4 +1,4 @@
-"""kvx against transformers with kvpress on this machine: decoding, prefill, peak memory (`python -m kvx.eval.bench_peers`).
+"""kvx against transformers with kvpress: decoding, prefill, peak memory (`python -m kvx.eval.bench_peers`).
 
 One process holds both sides and alternates between them, so that what else the machine does hits both; figures are
 medians, judged as ratios. Peak memory is measured in a process of each side's own.
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["decode", "prefill", "memory"], help="one part of the comparison")
     arguments = parser.parse_args()
     if arguments.runs < 1 or arguments.runs > 7:
-        parser.exit(2, f"runs={arguments.runs} is out of range; allowed: 1 to 7 (the caches have room for 128 tokens)\n")
+        parser.exit(2, f"runs={arguments.runs} is out of range; allowed: 1 to 7 (caches have room for 128 tokens)\n")
     _limit_threads(arguments.threads)
     results = measure(arguments.runs, arguments.threads, arguments.only)
     show(results)

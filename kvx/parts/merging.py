@@ -66,8 +66,10 @@ class MergeNearest(Losers):
         nearest, cosine = nearest_survivor(
             victim.rotated_keys.astype(jnp.float32), tokens.rotated_keys.astype(jnp.float32), others
         )
-        threshold, started = self._threshold(threshold, started, cosine, leaving[..., None])
-        recalled = leaving & (cosine[..., 0] >= threshold[:, None])
+        # A head that holds nothing else has nobody to compare with: its cosine of -inf must not reach the average.
+        judged = leaving & jnp.any(others, axis=-1)
+        threshold, started = self._threshold(threshold, started, cosine, judged[..., None])
+        recalled = judged & (cosine[..., 0] >= threshold[:, None])
         survivor = tokens.take(nearest, recalled[..., None])
         weight = self._weight(cosine)[..., None]
         own, total = (jnp.e, jnp.e + weight) if self.weights == "exp" else (1.0, 2.0)

@@ -60,6 +60,16 @@ class ByVariance(Budget):
     ) -> Int[Array, "B G"]:
         return jnp.broadcast_to(context.plan[:, None], mask.shape[:2])
 
+    def recent(self, amount: Amount | None, sinks: int, context: Context) -> Int[Array, "B"]:
+        """In proportion to the layer's slots, as the paper's ratios are; sinks come first where both do not fit."""
+        average = jnp.maximum(self.amount.of(context.lengths, context.spec.prompt), 1)
+        scaled = super().recent(amount, sinks, context) * context.plan // average
+        return jnp.clip(scaled, 0, jnp.maximum(context.plan - sinks, 0))
+
+    def at_least(self, counts: Int[Array, "B G"], protected: Int[Array, "B G"]) -> Int[Array, "B G"]:
+        """The counts as they are: a layer's run in the pool has no more slots, whatever is protected."""
+        return counts
+
 
 @pytree
 class PoolUp(Stage):

@@ -33,7 +33,8 @@ def largest_remainder(
     for _ in range(count):
         # Each round can only add capped entries; after `count` rounds nothing changes any more.
         left = total - jnp.sum(jnp.where(full, caps, 0), axis=0)
-        weight = jnp.where(full, 0.0, shares)
+        # Entries without a share take what the capped ones leave, evenly.
+        weight = jnp.where(full, 0.0, jnp.maximum(shares, 1e-20))
         ideal = left * weight / jnp.maximum(jnp.sum(weight, axis=0), 1e-30)
         full = full | (ideal >= caps)
     exact = jnp.where(full, caps.astype(jnp.float32), ideal)

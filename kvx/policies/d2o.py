@@ -33,7 +33,8 @@ def d2o(
     Args:
         budget: slots per KV head averaged over the layers that are not skipped, or a share of the prompt; the total,
             generated tokens included.
-        recent: protected newest tokens: an int counts slots, a float is a share of the average budget.
+        recent: protected newest tokens: an int counts slots, a float is a share of the budget; both of the average
+            layer, the others protect in proportion to their slots.
         sinks: first tokens kept for ever.
         alpha: weight of the old threshold in its moving average.
         weights: merge weights "exp" (the paper) or "mean" (its code).

@@ -54,7 +54,8 @@ def _cases(length, layers):
         yield f"tova {ratio}", kvpress.TOVAPress(ratio), policies.tova(kept, recent=1), "sdpa"
         adakv = kvpress.AdaKVPress(kvpress.SnapKVPress(ratio))
         yield f"adakv {ratio}", adakv, policies.adakv(kept, floor=adakv.alpha_safeguard), "sdpa"
-        yield f"q_filters {ratio}", kvpress.QFilterPress(ratio), policies.q_filters(kept, window=0, every_step=False), "sdpa"
+        filtered = policies.q_filters(kept, window=0, every_step=False)
+        yield f"q_filters {ratio}", kvpress.QFilterPress(ratio), filtered, "sdpa"
         mean = policies.h2o(kept, average="mean", recent=0)
         yield f"h2o {ratio}", kvpress.ObservedAttentionPress(ratio), mean, "eager"
     for ratio in PYRAMID_RATIOS:
