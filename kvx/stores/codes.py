@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int, UInt32
+from jaxtyping import Array, BFloat16, Float, Int, Shaped, UInt32
 
-from kvx.kernels.quantize_pack import dequantize, pack, quantize, unpack
+from kvx.kernels.quantize_pack import pack, quantize, unpack
 from kvx.pytree import pytree, static
 
 
@@ -15,17 +15,16 @@ class ChannelCodes:
     """One range for each channel and block of n slots (KIVI's keys), written a whole block at a time.
 
     Keys have channels that are large for every token; so grouped, such a channel spoils only its own groups. Slots run
-    along the last axis: a block is then one range times one stretch of memory, which a CPU decodes five times as fast
-    as slots by channel, and a TPU stores without padding its lanes.
+    along the last axis: a block is then one range times one stretch of memory, which a CPU decodes several times as
+    fast as slots by channel, and a TPU stores without padding its lanes.
 
     Attributes:
         words: codes of a slot's channels, w words to a slot.
-        scale, minimum: of each channel and block.
+        ranges: scale and minimum of each channel and block, see `_ranges`.
     """
 
     words: UInt32[Array, "B G w P"]
-    scale: BFloat16[Array, "B G D M"]
-    minimum: BFloat16[Array, "B G D M"]
+    ranges: UInt32[Array, "B G D M"]
     bits: int = static()
 
     @classmethod
@@ -34,14 +33,13 @@ class ChannelCodes:
         channels = jnp.swapaxes(rows, -1, -2)
         codes, scale, minimum = quantize(channels.reshape(*channels.shape[:3], -1, group), bits)
         words = pack(jnp.swapaxes(codes.reshape(channels.shape), -1, -2), bits)
-        return cls(jnp.swapaxes(words, -1, -2), scale, minimum, bits)
+        return cls(jnp.swapaxes(words, -1, -2), _ranges(scale, minimum), bits)
 
     def decode(self, after: Float[Array, "B G"] | None = None) -> Float[Array, "B G D P"]:
         """c * s + m, float32, slots along the last axis as they lie; not before `after` is known."""
         codes = _unpack_slots(_not_before(after, self.words), self.bits)
-        blocks = codes.reshape(*self.scale.shape, -1).astype(jnp.float32)
-        wide = blocks * self.scale.astype(jnp.float32)[..., None] + self.minimum.astype(jnp.float32)[..., None]
-        return wide.reshape(codes.shape)
+        blocks = codes.reshape(*self.ranges.shape, -1).astype(jnp.float32)
+        return (blocks * self.scale[..., None] + self.minimum[..., None]).reshape(codes.shape)
 
     def write(self, blocks: Int[Array, "B G m"], codes: "ChannelCodes") -> "ChannelCodes":
         """With the blocks of `codes` at these indices, ascending; an index beyond the last writes nothing."""
@@ -53,14 +51,96 @@ class ChannelCodes:
                 jnp.moveaxis(rows, 3, 2), mode="drop", unique_indices=True, indices_are_sorted=True
             )
 
-        shape = (*self.words.shape[:3], self.scale.shape[-1], -1)
-        new = codes.words.reshape(*codes.words.shape[:3], codes.scale.shape[-1], -1)
+        shape = (*self.words.shape[:3], self.ranges.shape[-1], -1)
+        rows = codes.words.reshape(*shape[:3], codes.ranges.shape[-1], -1)
         return replace(
             self,
-            words=put(self.words.reshape(shape), new).reshape(self.words.shape),
-            scale=put(self.scale, codes.scale),
-            minimum=put(self.minimum, codes.minimum),
+            words=put(self.words.reshape(shape), rows).reshape(self.words.shape),
+            ranges=put(self.ranges, codes.ranges),
         )
+
+    @property
+    def scale(self) -> Float[Array, "B G D M"]:
+        """s of each channel and block."""
+        return _scale(self.ranges)
+
+    @property
+    def minimum(self) -> Float[Array, "B G D M"]:
+        """m of each channel and block."""
+        return _minimum(self.ranges)
+
+
+@pytree
+class TokenCodes:
+    """One range for each slot and run of n channels (KIVI's values), written a slot at a time.
+
+    Attributes:
+        words: codes of a slot's channels, w words to a slot.
+        ranges: scale and minimum of each slot and run, see `_ranges`.
+    """
+
+    words: UInt32[Array, "B G P w"]
+    ranges: UInt32[Array, "B G P h"]
+    bits: int = static()
+
+    @classmethod
+    def encode(cls, rows: Float[Array, "B G P V"], bits: int, group: int) -> "TokenCodes":
+        """Rows in runs of `group` channels, which divides their width."""
+        codes, scale, minimum = quantize(rows.reshape(*rows.shape[:3], -1, group), bits)
+        return cls(pack(codes.reshape(rows.shape), bits), _ranges(scale, minimum), bits)
+
+    def decode(self, after: Float[Array, "B G"] | None = None) -> Float[Array, "B G P V"]:
+        """c * s + m, float32; not before `after` is known."""
+        codes = unpack(_not_before(after, self.words), self.bits)
+        runs = codes.reshape(*self.ranges.shape, -1).astype(jnp.float32)
+        return (runs * self.scale[..., None] + self.minimum[..., None]).reshape(codes.shape)
+
+    def write(self, slots: Int[Array, "B G m"], codes: "TokenCodes") -> "TokenCodes":
+        """With the rows of `codes` in these slots, ascending; a slot beyond the last writes nothing."""
+        return replace(
+            self, words=scatter(self.words, slots, codes.words), ranges=scatter(self.ranges, slots, codes.ranges)
+        )
+
+    @property
+    def scale(self) -> Float[Array, "B G P h"]:
+        """s of each slot and run."""
+        return _scale(self.ranges)
+
+    @property
+    def minimum(self) -> Float[Array, "B G P h"]:
+        """m of each slot and run."""
+        return _minimum(self.ranges)
+
+
+def scatter(
+    array: Shaped[Array, "B G C *rest"], index: Int[Array, "B G m"], rows: Shaped[Array, "B G m *rest"]
+) -> Shaped[Array, "B G C *rest"]:
+    """Rows written in place along the third axis at ascending indices; those beyond the end are dropped.
+
+    The form of which XLA makes no copy of the array; a conditional or `where` around it would.
+    """
+    batch, heads = jnp.ogrid[: array.shape[0], : array.shape[1]]
+    return array.at[batch[..., None], heads[..., None], index].set(
+        rows.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+    )
+
+
+def _ranges(scale: BFloat16[Array, "*batch"], minimum: BFloat16[Array, "*batch"]) -> UInt32[Array, "*batch"]:
+    """Both 16-bit numbers in one word, the scale above.
+
+    XLA on CPU scatters no 16-bit floats: it would convert the whole array to 32 bits and back at every write. Out of a
+    word, each is a float32 after one mask or shift.
+    """
+    high, low = (jax.lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32) for half in (scale, minimum))
+    return (high << 16) | low
+
+
+def _scale(ranges: UInt32[Array, "*batch"]) -> Float[Array, "*batch"]:
+    return jax.lax.bitcast_convert_type(ranges & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+def _minimum(ranges: UInt32[Array, "*batch"]) -> Float[Array, "*batch"]:
+    return jax.lax.bitcast_convert_type(ranges << 16, jnp.float32)
 
 
 def _unpack_slots(words: UInt32[Array, "*batch w P"], bits: int) -> Int[Array, "*batch D P"]:
@@ -71,48 +151,6 @@ def _unpack_slots(words: UInt32[Array, "*batch w P"], bits: int) -> Int[Array, "
     # An arithmetic shift brings in copies of the sign, which the mask takes off again.
     codes = (jax.lax.bitcast_convert_type(words, jnp.int32)[..., None, :] >> shifts) & (2**bits - 1)
     return codes.reshape(*words.shape[:-2], -1, words.shape[-1])
-
-
-@pytree
-class TokenCodes:
-    """One range for each slot and run of n channels (KIVI's values), written a slot at a time."""
-
-    words: UInt32[Array, "B G P w"]
-    scale: BFloat16[Array, "B G P h"]
-    minimum: BFloat16[Array, "B G P h"]
-    bits: int = static()
-
-    @classmethod
-    def encode(cls, rows: Float[Array, "B G P V"], bits: int, group: int) -> "TokenCodes":
-        """Rows in runs of `group` channels, which divides their width."""
-        codes, scale, minimum = quantize(rows.reshape(*rows.shape[:3], -1, group), bits)
-        return cls(pack(codes.reshape(rows.shape), bits), scale, minimum, bits)
-
-    def decode(self, after: Float[Array, "B G"] | None = None) -> Float[Array, "B G P V"]:
-        """c * s + m, float32; not before `after` is known."""
-        codes = unpack(_not_before(after, self.words), self.bits)
-        runs = codes.reshape(*self.scale.shape, -1)
-        return dequantize(runs, self.scale, self.minimum).reshape(codes.shape)
-
-    def write(self, slots: Int[Array, "B G m"], codes: "TokenCodes") -> "TokenCodes":
-        """With the rows of `codes` in these slots, ascending; a slot beyond the last writes nothing."""
-        return replace(
-            self,
-            words=scatter(self.words, slots, codes.words),
-            scale=scatter(self.scale, slots, codes.scale),
-            minimum=scatter(self.minimum, slots, codes.minimum),
-        )
-
-
-def scatter(array: Array, index: Int[Array, "B G m"], rows: Array) -> Array:
-    """Rows (B, G, m, ...) written in place along the third axis at ascending indices; those beyond the end are dropped.
-
-    The form of which XLA makes no copy of the array; a conditional or `where` around it would.
-    """
-    batch, heads = jnp.ogrid[: array.shape[0], : array.shape[1]]
-    return array.at[batch[..., None], heads[..., None], index].set(
-        rows.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
-    )
 
 
 def _not_before(after: Float[Array, "B G"] | None, words: UInt32[Array, "B G *rest"]) -> UInt32[Array, "B G *rest"]:

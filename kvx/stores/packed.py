@@ -112,7 +112,7 @@ class Packed:
         codes = ChannelCodes.encode(
             jnp.take_along_axis(self.tail.keys, block[..., None], axis=2), self.keys.bits, self.group
         )
-        groups = self._free_groups(codes.scale.shape[-1], due)
+        groups = self._free_groups(codes.ranges.shape[-1], due)
         by_group = self.slots.reshape(*self.slots.shape[:2], -1, self.group)
         reserved = jnp.full((*groups.shape, self.group), RESERVED, jnp.int32)
         age = (jnp.arange(size) - first) % size
