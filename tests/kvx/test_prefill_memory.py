@@ -67,7 +67,7 @@ def test_the_reference_grows_quadratically_so_that_the_measure_can_tell(columns)
 @pytest.mark.parametrize("length", [512, 1024])
 def test_short_prompts_too_hold_one_block_of_logits_at_a_time(length):
     # One loop turn a group would be unrolled, and all blocks' logits, half of the square, be alive together.
-    assert kernel_temporaries(length, "xla", ()) < kernel_temporaries(length, "reference", ()) / 2
+    assert kernel_temporaries(length, "xla", ()) < kernel_temporaries(length, "reference", ()) / 2.5
 
 
 def live_kv_bytes() -> int:

@@ -1,0 +1,183 @@
+"""Claims about meshes: on 4 x 2 devices every policy gives one device's tokens and kept positions, in sharded bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+import tokenizers.models
+from jax.sharding import Mesh, PartitionSpec
+
+import kvx
+from kvx.calibrate import calibrate
+from kvx.errors import BadInput
+from kvx.generate import _decode_step
+from kvx.mesh import RULES, Placement, Rules, place_model
+from kvx.policy_text import parse_policy
+from tests import tiny
+
+NEW = 8
+# Budgets and groups small enough that every policy evicts, moves or packs within a prompt of 40 tokens.
+SMALL = {
+    "adakv": "adakv(budget=16, window=4)",
+    "d2o": "d2o(budget=16, skip=(0,))",
+    "full": "full()",
+    "h2o": "h2o(budget=16)",
+    "kivi": "kivi(bits=2, group=8, residual=8)",
+    "knorm": "knorm(budget=16)",
+    "mikv": "mikv(high=8)",
+    "pyramidkv": "pyramidkv(budget=16, window=4)",
+    "q_filters": "q_filters(budget=16, window=4)",
+    "quest": "quest(budget=16, page=4)",
+    "snapkv": "snapkv(budget=16, window=4)",
+    "streaming_llm": "streaming_llm(budget=16)",
+    "tova": "tova(budget=16)",
+}
+CHAINS = [
+    "snapkv(budget=16, window=4)+kivi(bits=2, group=8, residual=8)",
+    "pyramidkv(budget=16, window=4)+kivi(bits=2, group=8, residual=8)",
+    "h2o(budget=24)+kivi(bits=2, group=8, residual=8)",
+    "snapkv(budget=16, window=4)+quest(budget=8, page=4)",
+    "snapkv(budget=16, window=4)+mikv(high=8)",
+]
+
+
+def mesh():
+    """Four ways by rows, two by heads."""
+    return jax.make_mesh((4, 2), ("data", "tensor"))
+
+
+def model():
+    """Two layers, and a vocabulary that two devices can share."""
+    return tiny.model(num_hidden_layers=2, vocab_size=98)
+
+
+def placed():
+    return place_model(model(), mesh())
+
+
+def generated(model, policy):
+    tokens, lengths = tiny.prompts(40, 33, 25, 17)
+    return kvx.generate(model, tokens, lengths=lengths, policy=policy, max_new_tokens=NEW)
+
+
+def assert_same(here, there):
+    """Tokens, and every layer's kept positions slot by slot."""
+    np.testing.assert_array_equal(here.tokens, there.tokens)
+    for one, many in zip(here.cache.layers, there.cache.layers, strict=True):
+        np.testing.assert_array_equal(one.positions(), many.positions())
+
+
+def spec(array):
+    return array.sharding.spec
+
+
+@pytest.mark.parametrize("text", [*(SMALL.get(name, f"{name}()") for name in kvx.policies.names()), *CHAINS])
+def test_a_mesh_gives_every_policy_the_tokens_and_positions_of_one_device(text):
+    policy = parse_policy(text)
+    # Calibrated apart where the policy learns, so that its arrays too come from the mesh.
+    texts = [tiny.prompts(48, 48, 48, 48, seed=1)[0]]
+    one, many = (generated(each, calibrate(policy, each, texts)) for each in (model(), placed()))
+    assert_same(one, many)
+    assert len(set(np.asarray(many.tokens).ravel().tolist())) > NEW, "a model that repeats one token proves little"
+
+
+def test_every_cache_array_is_split_by_rows_and_by_heads_where_it_has_them():
+    cache = generated(placed(), parse_policy(SMALL["h2o"])).cache
+    for layer in cache.layers:
+        assert spec(layer.keys) == spec(layer.values) == spec(layer.slots) == PartitionSpec("data", "tensor")
+        assert spec(layer.stats["mass"]) == PartitionSpec("data", "tensor")
+    assert spec(cache.next) == PartitionSpec("data")
+    shard = cache.layers[0].keys.addressable_shards[0].data
+    assert shard.nbytes * 8 == cache.layers[0].keys.nbytes
+
+
+def test_the_pool_that_layers_share_is_split_although_it_begins_as_zeros():
+    cache = generated(placed(), parse_policy(SMALL["d2o"])).cache
+    pool = next(part for part in cache.storage if hasattr(part, "slots"))
+    assert spec(pool.keys) == spec(pool.slots) == PartitionSpec("data", "tensor")
+
+
+def test_a_run_of_slots_that_all_heads_share_is_split_by_rows_only():
+    cache = generated(placed(), parse_policy(SMALL["adakv"])).cache
+    assert spec(cache.layers[0].keys) == PartitionSpec("data")
+    assert spec(cache.layers[0].tail.keys) == PartitionSpec("data", "tensor")
+
+
+def test_weights_are_split_by_the_names_of_their_axes():
+    block = placed().blocks[0]
+    assert spec(block.qkv.kernel[...]) == PartitionSpec(None, "tensor")
+    assert spec(block.out.kernel[...]) == PartitionSpec("tensor")
+    assert spec(block.mlp.gate_up.kernel[...]) == PartitionSpec(None, None, "tensor")
+    assert spec(block.mlp_norm.weight[...]) == spec(block.frequencies[...]) == PartitionSpec()
+
+
+def test_load_puts_a_checkpoint_on_the_mesh_where_a_prompt_then_goes_too(tmp_path):
+    kvx.save(model(), None, tmp_path / "model")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(tmp_path / "model" / "tokenizer.json"))
+    loaded, _ = kvx.load(tmp_path / "model", mesh=mesh())
+    tokens, lengths = tiny.prompts(40, 33, 25, 17)
+    policy = parse_policy(SMALL["snapkv"])
+    (here, _), (there, cache) = (kvx.prefill(each, tokens, policy, lengths) for each in (model(), loaded))
+    np.testing.assert_allclose(here, there, atol=1e-4)
+    assert spec(cache.layers[0].keys) == PartitionSpec("data", "tensor")
+
+
+def test_rows_that_the_mesh_does_not_divide_are_held_whole_and_give_the_same_logits():
+    tokens, lengths = tiny.prompts(30, 20, 10)
+    policy = parse_policy(SMALL["snapkv"])
+    (one, _), (many, cache) = (kvx.prefill(each, tokens, policy, lengths) for each in (model(), placed()))
+    np.testing.assert_allclose(one, many, atol=1e-4)
+    assert spec(cache.layers[0].keys) == PartitionSpec(None, "tensor")
+
+
+def test_a_chunked_prompt_and_a_second_turn_stay_on_the_mesh():
+    tokens, lengths = tiny.prompts(40, 33, 25, 17)
+    policy, caches = parse_policy(SMALL["h2o"]), []
+    for each in (model(), placed()):
+        _, cache = kvx.prefill(each, tokens, policy, lengths, prefill_chunk=64)
+        _, cache = kvx.prefill(each, tokens[:, :3], policy, cache=cache)
+        caches.append(cache)
+    for one, many in zip(caches[0].layers, caches[1].layers, strict=True):
+        np.testing.assert_array_equal(one.positions(), many.positions())
+        assert spec(many.keys) == PartitionSpec("data", "tensor")
+
+
+def test_one_program_serves_every_decode_step_on_a_mesh():
+    placed_model, policy = placed(), parse_policy("full()")
+    tokens, lengths = tiny.prompts(40, 33, 25, 17)
+    _, cache = kvx.prefill(placed_model, tokens, policy, lengths)
+    before = _decode_step._cache_size()
+    for _ in range(3):
+        _, cache = kvx.decode_step(placed_model, jnp.zeros(4, jnp.int32), cache, policy)
+    assert _decode_step._cache_size() == before + 1
+
+
+def test_an_axis_that_no_mesh_axis_divides_is_held_whole():
+    placement = Placement(mesh(), RULES)
+    assert placement.sharding((4, 3, 8), ("rows", "kv_heads", None)).spec == PartitionSpec("data")
+    assert placement.sharding((6, 2, 8), ("rows", "kv_heads", None)).spec == PartitionSpec(None, "tensor")
+
+
+def test_a_mesh_without_a_rules_axis_holds_that_axis_whole():
+    only_rows = Mesh(np.array(jax.devices()), ("data",))
+    assert Placement(only_rows, RULES).sharding((8, 2), ("rows", "kv_heads")).spec == PartitionSpec("data")
+
+
+def test_a_mesh_axis_is_given_to_the_first_of_two_axes_that_want_it():
+    rules = Rules(embed="tensor")
+    assert Placement(mesh(), rules).sharding((8, 4), ("embed", "mlp")).spec == PartitionSpec("tensor")
+
+
+def test_other_mesh_axes_are_named_by_other_rules():
+    other = jax.make_mesh((2, 2), ("batch", "model"), devices=jax.devices()[:4])
+    rules = Rules("batch", "model", "model", "model", "model")
+    tokens, _ = tiny.prompts(12, 12)
+    _, cache = kvx.prefill(place_model(model(), other, rules), tokens, parse_policy("full()"))
+    assert spec(cache.layers[0].keys) == PartitionSpec("batch", "model")
+
+
+def test_a_mesh_that_no_rule_knows_is_refused():
+    with pytest.raises(BadInput, match=r"mesh has axes \['x'\], none of which a rule names; allowed: .*data.*tensor"):
+        place_model(model(), Mesh(np.array(jax.devices()), ("x",)))
