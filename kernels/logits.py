@@ -14,7 +14,7 @@ def visible(
 
 
 def scaled_logits(
-    queries: Float[Array, "*batch T D"], keys: Float[Array, "*batch S D"], scale: float, softcap: float | None
+    queries: Float[Array, "*#batch T D"], keys: Float[Array, "*#batch S D"], scale: float, softcap: float | None
 ) -> Float[Array, "*batch T S"]:
     """softcap(scale * q . k), float32."""
     scores = scale * jnp.einsum("...td,...sd->...ts", queries, keys, preferred_element_type=jnp.float32)

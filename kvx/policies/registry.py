@@ -17,6 +17,8 @@ def recipe(build: Callable[..., Policy]) -> Callable[..., Policy]:
 
     The policy it returns is labelled with the call that makes it again, e.g. "snapkv(budget=256)".
     """
+    # Recipes check their own parameters, in a sentence; a session's run-time type checker must not get there first.
+    build = inspect.unwrap(build)
     signature = inspect.signature(build)
 
     @functools.wraps(build)
