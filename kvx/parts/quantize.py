@@ -37,7 +37,8 @@ class Quantize(Stage):
         for what, width in (("keys", spec.attention.key_dim), ("values", spec.attention.value_dim)):
             if width % self.group:
                 raise BadInput(
-                    f"group={self.group} does not divide the head dim {width} of the model's {what}; allowed: a divisor of it"
+                    f"group={self.group} does not divide the head dim {width} of the model's {what}; allowed: a "
+                    "divisor of it"
                 )
             if width * self.bits % 32:
                 raise BadInput(

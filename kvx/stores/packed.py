@@ -1,4 +1,4 @@
-"""The packed store: low-bit codes behind an exact tail, keys grouped per channel and values per token (KIVI's layout)."""
+"""The packed store: low-bit codes behind an exact tail, keys grouped by channel, values by token (KIVI's layout)."""
 
 from dataclasses import field, replace
 
@@ -23,8 +23,8 @@ FREE, RESERVED = -1, -2
 class Packed:
     """P packed slots, and a ring of the newest R + 1 tokens at full precision.
 
-    When a step reads, with a tokens arrived (its own included), keys [0, R floor((a - 1) / R)) and values [0, a - 1 - R)
-    are codes, as in KIVI (Liu et al. 2024, algorithm 1): keys leave the ring in blocks of R, values one by one. A
+    When a step reads, with a tokens arrived (its own included), keys [0, R floor((a - 1) / R)) and values
+    [0, a - 1 - R) are codes, as in KIVI (Liu et al. 2024, algorithm 1): keys leave the ring in blocks of R, values one by one. A
     token's value is packed later than its key, into the same slot, so that for a while its key is read as codes and its
     value exactly; hence one store and no two tiers. What fills the ring is packed by the next `append`, before it
     writes: the step that fills it still reads exact keys. Nothing is packed twice.
@@ -69,7 +69,7 @@ class Packed:
 
         Args:
             capacity: the most tokens `mask` holds for a head.
-            slots: packed slots P, a multiple of `group`.
+            slots: packed slots P, a multiple of `group`, at least `residual`.
             bits: width of the codes.
             group: n tokens of a channel, or n channels of a token, share a scale and a minimum.
             residual: R, a multiple of `group`.

@@ -1,12 +1,12 @@
 """KIVI as a policy: identities, chains with selections, ragged batches, refusals."""
 
 import jax
-import kvx
 import numpy as np
 import pytest
+
+import kvx
 from kvx.policies import full, h2o, kivi, pyramidkv, snapkv, tova
 from kvx.stores.packed import Packed
-
 from tests.tiny import model, prompts
 
 LENGTHS = (90, 41)
