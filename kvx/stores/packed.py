@@ -24,10 +24,10 @@ class Packed:
     """P packed slots, and a ring of the newest R + 1 tokens at full precision.
 
     When a step reads, with a tokens arrived (its own included), keys [0, R floor((a - 1) / R)) and values
-    [0, a - 1 - R) are codes, as in KIVI (Liu et al. 2024, algorithm 1): keys leave the ring in blocks of R, values one by one. A
-    token's value is packed later than its key, into the same slot, so that for a while its key is read as codes and its
-    value exactly; hence one store and no two tiers. What fills the ring is packed by the next `append`, before it
-    writes: the step that fills it still reads exact keys. Nothing is packed twice.
+    [0, a - 1 - R) are codes, as in KIVI (Liu et al. 2024, algorithm 1): keys leave the ring in blocks of R, values one
+    by one. A token's value is packed later than its key, into the same slot, so that for a while its key is read as
+    codes and its value exactly; hence one store and no two tiers. What fills the ring is packed by the next `append`,
+    before it writes: the step that fills it still reads exact keys. Nothing is packed twice.
 
     Slots are shown as the P packed ones (empty while the value is in the ring), then the R + 1 of the ring. A key group
     is n slots that arrived one after the other. Under a selection that acts at every step whole groups leave and later
