@@ -143,7 +143,7 @@ def _peaks(path: Path, prompt: Path, threads: int, method: str) -> dict[str, Any
         # Run as a plain file, so that the peer's process imports nothing of kvx.
         command = [sys.executable, "-P", str(folder / f"{side}_side.py"), str(path), str(prompt), method]
         command += [str(length), str(STEPS), str(threads)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
         if done.returncode:
             raise RuntimeError(f"the {side} side failed with status {done.returncode}:\n{done.stderr[-2000:]}")
         peaks[side] = int(done.stdout.splitlines()[-1])
@@ -158,10 +158,13 @@ def _prompt(tokenizer: Any) -> Any:
 
 
 def _limit_threads(threads: int) -> None:
-    """Pin this process to so many CPUs before any library counts them; XLA has no other switch."""
+    """This process on so many CPUs and no accelerator, before a backend counts them; XLA has no other switch."""
     if hasattr(os, "sched_getaffinity"):
         mine = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, mine[:threads])
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def show(results: dict[str, Any]) -> None:

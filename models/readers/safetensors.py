@@ -54,6 +54,10 @@ class SafetensorsFile:
 
     def __getitem__(self, name: str) -> np.ndarray:
         dtype, shape, start = self._entries[name]
+        if hasattr(mmap, "MADV_DONTNEED"):
+            # Pages that earlier tensors touched would count as resident beside the model; a view that is still in use
+            # reads its pages from the file again.
+            self._data.madvise(mmap.MADV_DONTNEED)
         return np.frombuffer(self._data, dtype, math.prod(shape), start).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
