@@ -53,6 +53,7 @@ class Context:
         lengths: length of each row's whole prompt, also while only a part of it has been seen.
         plan: this stage's and layer's share of a decision over all layers (`Stage.plan`); None if it decides by layer.
         storage: what earlier layers' stores put into the cache, for stores that share arrays.
+        evicting: static; some stage of the policy frees slots at every step.
     """
 
     layer: Int[Array, ""]
@@ -60,6 +61,7 @@ class Context:
     spec: Spec = static()
     plan: Any = None
     storage: tuple[Any, ...] = ()
+    evicting: bool = static(False)
 
 
 @pytree
@@ -217,9 +219,17 @@ class Policy:
         A stage that acts at every step needs one slot beyond its budget, since a fresh token is seen before anything
         leaves; other policies keep every generated token.
         """
-        bounds = [stage.capacity(spec, layer) for stage in self.stages if stage.bounded]
-        grown = self.capacity(spec, layer) + spec.room
-        return round_up(min([grown, *(bound + 1 for bound in bounds if bound is not None)]))
+        return round_up(min([self.capacity(spec, layer) + spec.room, *self._bounds(spec, layer)]))
+
+    def endless(self, spec: Spec, layer: int) -> bool:
+        """Whether these slots serve any number of new tokens; not if a budget beyond prompt and room was never reached."""
+        bounds = self._bounds(spec, layer)
+        return bool(bounds) and min(bounds) <= self.slots(spec, layer)
+
+    def _bounds(self, spec: Spec, layer: int) -> list[int]:
+        """The most tokens, a fresh one included, that each stage which acts at every step lets a head hold."""
+        limits = [stage.capacity(spec, layer) for stage in self.stages if stage.bounded]
+        return [limit + 1 for limit in limits if limit is not None]
 
     def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> Tokens:
         """The tokens with every stage's statistics."""
@@ -255,7 +265,7 @@ class Policy:
     def _contexts(self, context: Context) -> list[Context]:
         """Each stage's own share of what was planned over all layers."""
         plans = context.plan or (None,) * len(self.stages)
-        return [replace(context, plan=plan) for plan in plans]
+        return [replace(context, plan=plan, evicting=self.bounded) for plan in plans]
 
     def step(self, layer: Layer, evidence: Evidence, context: Context) -> Layer:
         """One layer's cache after a decode step has attended."""

@@ -130,8 +130,8 @@ class _Plan:
                 self.held[layer] = None  # each layer's full keys and values go as soon as they are packed
                 self._pack(layer, tokens, evidence, lengths, shares[layer])
         # An exempt layer keeps every token, so it needs room though others are bounded.
-        bounded = all(each.bounded for each in self.policies)
-        room = ENDLESS if bounded else self.specs[0].room
+        endless = all(each.endless(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, self.specs, strict=True)))
+        room = ENDLESS if endless else self.specs[0].room
         # Placed too, or the first decode step would take a different program than all that follow.
         # Copied, since a cache is donated: caches of one pass, and the caller's own lengths, must not go with it.
         counters = place_rows(self.placement, (jnp.copy(lengths), jnp.int32(room)))

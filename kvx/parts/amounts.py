@@ -6,6 +6,7 @@ Python holds 1 == 1.0 == True, and a static field of a compiled function compare
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,9 +50,10 @@ class Share:
 
 
 Amount = Slots | Share
+T = TypeVar("T")
 
 
-def amount(value: int | float, name: str = "budget") -> Amount:
+def amount(value: object, name: str = "budget") -> Amount:
     """The tagged amount a user wrote: an int counts slots, a float in (0, 1] is a share of the prompt.
 
     Raises:
@@ -94,7 +96,7 @@ def fraction(value: object, name: str) -> float:
     return float(value)
 
 
-def one_of(value: object, name: str, known: tuple) -> object:
+def one_of(value: object, name: str, known: tuple[T, ...]) -> T:
     """A checked choice.
 
     Raises:
@@ -102,4 +104,4 @@ def one_of(value: object, name: str, known: tuple) -> object:
     """
     if value not in known or isinstance(value, (bool, float)):  # 2.0 == 2, but would compile and label anew
         raise BadInput(f"{name}={value!r} is not offered; allowed: {', '.join(map(str, known))}")
-    return value
+    return known[known.index(value)]

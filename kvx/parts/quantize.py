@@ -53,7 +53,8 @@ class Quantize(Stage):
             return Dense.pack(tokens, mask, capacity)
         # Under a selection that acts at every step a head may hold its budget and a group not yet in excess, two groups
         # that are protected or coded in part only, and the ring, which cannot leave.
-        slots = round_up(capacity + self.residual + 2 * self.group, self.group)
+        more = self.residual + 2 * self.group if context.evicting else 0
+        slots = round_up(max(capacity + more, self.residual), self.group)
         return Packed.pack(
             tokens, mask, capacity, slots=slots, bits=self.bits, group=self.group, residual=self.residual
         )

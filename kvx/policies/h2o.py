@@ -32,7 +32,7 @@ def h2o(budget: int | float, recent: int | float = 0.5, average: str = "sum", gr
     return Policy((Evict(ColumnMass(average, group), Uniform(kept), recent=window, every_step=True),))
 
 
-def share_of_budget(budget: Amount, part: int | float, name: str = "recent") -> Amount:
+def share_of_budget(budget: Amount, part: object, name: str = "recent") -> Amount:
     """A protected window given in slots or as a share of the budget, itself slots or a share of the prompt."""
     if isinstance(part, int) and not isinstance(part, bool):
         return Slots(whole(part, name, least=0))

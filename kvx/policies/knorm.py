@@ -24,6 +24,6 @@ def knorm(budget: int | float, skip: tuple[int, ...] = ()) -> Policy:
     return Policy((Evict(KeyNorm(), Uniform(amount(budget)), skip=layer_list(skip)),))
 
 
-def layer_list(layers: tuple[int, ...], name: str = "skip") -> tuple[int, ...]:
+def layer_list(layers: tuple, name: str = "skip") -> tuple[int, ...]:
     """Checked layer indices; negative ones count from the top."""
     return tuple(whole(layer, name, least=-1000) for layer in layers)

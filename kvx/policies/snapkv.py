@@ -1,8 +1,7 @@
 """SnapKV (2024): the last prompt queries vote, votes are pooled along the sequence, each head keeps the top."""
 
 from kvx.errors import BadInput
-from kvx.parts.amounts import amount, one_of, whole
-from kvx.parts.amounts import Slots
+from kvx.parts.amounts import Slots, amount, one_of, whole
 from kvx.parts.budgets import Uniform, check_protected
 from kvx.parts.evict import Evict
 from kvx.parts.scores import GROUPS, WindowAttention
@@ -32,11 +31,14 @@ def snapkv(budget: int | float, window: int = 64, kernel: int = 5, pooling: str 
     return Policy((Evict(score, Uniform(kept), recent=Slots(window)),))
 
 
-def window_votes(window: int, kernel: int, pooling: str, group: str) -> WindowAttention:
-    """SnapKV's score, checked; PyramidKV and Ada-KV rank by it too."""
-    whole(window, "window", least=1)
-    if whole(kernel, "kernel", least=1) % 2 == 0:
+def window_votes(window: object, kernel: object, pooling: object, group: object) -> WindowAttention:
+    """SnapKV's score from checked hyperparameters; PyramidKV and Ada-KV rank by it too."""
+    width = whole(kernel, "kernel", least=1)
+    if width % 2 == 0:
         raise BadInput(f"kernel={kernel} is even; allowed: odd numbers, so that a token sits at the centre of its pool")
-    one_of(pooling, "pooling", ("mean", "max"))
-    one_of(group, "group", tuple(GROUPS))
-    return WindowAttention(window, kernel, pooling, group)
+    return WindowAttention(
+        whole(window, "window", least=1),
+        width,
+        one_of(pooling, "pooling", ("mean", "max")),
+        one_of(group, "group", tuple(GROUPS)),
+    )

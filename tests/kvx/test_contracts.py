@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import kvx
+from kvx.cache import ENDLESS
 from tests import tiny
 from tests.kvx.contract_cases import CASES
 
@@ -166,6 +167,15 @@ def test_a_cache_without_room_refuses_more_tokens(model, name):
     text = np.zeros((3, 300), np.int32)
     with pytest.raises(kvx.BadInput, match="room for 128 more tokens, 300 are needed"):
         kvx.prefill(model, text, policy, None, cache)
+
+
+def test_a_budget_beyond_prompt_and_room_is_not_endless(model):
+    """Its slots were cut to what can come; more would be dropped in silence."""
+    tokens, lengths = tiny.prompts(*LENGTHS)
+    _, cache = kvx.prefill(model, tokens, kvx.policies.h2o(4096), lengths, max_new_tokens=STEPS)
+    assert int(cache.room) == 128
+    _, cache = kvx.prefill(model, tokens, kvx.policies.h2o(BUDGET), lengths, max_new_tokens=STEPS)
+    assert int(cache.room) == ENDLESS
 
 
 def test_nbytes_is_the_sum_of_the_arrays(model):

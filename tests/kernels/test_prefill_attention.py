@@ -1,0 +1,105 @@
+"""Prefill attention: the blocked form against the plain one, and what its statistics must add up to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvx.kernels.prefill_attention import combine_columns, prefill_attention
+
+COLUMNS = ("sum", "square", "max")
+
+
+def case(batch, kv_heads, group, length, past, dim, lengths, seed=0):
+    """Random operands; each row's padding and its past's empty slots are at position -1."""
+    random = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    index = np.arange(length)
+    new = np.where(index < np.asarray(lengths)[:, None], past + index, -1)
+    old = np.broadcast_to(np.where(random.random((batch, kv_heads, past)) < 0.8, np.arange(past), -1), (batch, kv_heads, past))
+    spots = np.concatenate([old, np.broadcast_to(new[:, None], (batch, kv_heads, length))], axis=-1)
+    return (
+        normal(batch, kv_heads, group, length, dim),
+        normal(batch, kv_heads, past + length, dim),
+        normal(batch, kv_heads, past + length, dim),
+        jnp.asarray(new, jnp.int32),
+        jnp.asarray(spots, jnp.int32),
+    )
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.sampled_from([(1, 1, 1), (2, 2, 3), (1, 3, 2), (3, 1, 4)]),
+    st.sampled_from([(1, 0), (5, 0), (130, 0), (300, 0), (64, 40), (200, 130)]),
+    st.sampled_from([None, 7, 100]),
+    st.sampled_from([None, 3.0]),
+    st.integers(0, 1000),
+)
+def test_blocked_equals_reference(heads, shape, window, softcap, seed):
+    batch, kv_heads, group = heads
+    length, past = shape
+    lengths = np.random.default_rng(seed).integers(1, length + 1, batch)
+    operands = case(batch, kv_heads, group, length, past, 16, lengths, seed)
+    options = {"scale": 0.3, "window": window, "softcap": softcap, "columns": COLUMNS}
+    plain = prefill_attention(*operands, **options, implementation="reference")
+    fast = prefill_attention(*operands, **options, implementation="xla")
+    for ours, theirs in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
+        # Float32 sums over up to 430 keys in another order.
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=3e-5, rtol=1e-4)
+
+
+def test_padding_sees_nothing_and_counts_nowhere():
+    operands = case(2, 2, 2, 200, 0, 16, [200, 31])
+    out, lse, columns = prefill_attention(*operands, scale=0.25, columns=("sum",))
+    assert not np.asarray(out[1, :, :, 31:]).any() and (np.asarray(lse[1, :, :, 31:]) == -np.inf).all()
+    assert not np.asarray(columns["sum"][1, :, :, 31:]).any()
+
+
+def test_column_mass_sums_to_the_number_of_queries():
+    operands = case(2, 2, 3, 300, 0, 16, [300, 120])
+    _, _, columns = prefill_attention(*operands, scale=0.25, columns=("sum",))
+    np.testing.assert_allclose(np.asarray(columns["sum"].sum(-1)), np.broadcast_to([[[300]], [[120]]], (2, 2, 3)), rtol=1e-5)
+
+
+def test_statistics_of_two_chunks_combine_to_those_of_the_whole():
+    queries, keys, values, spots, positions = case(1, 2, 2, 256, 0, 16, [256])
+    _, _, whole = prefill_attention(queries, keys, values, spots, positions, scale=0.25, columns=COLUMNS)
+    half = 128
+    _, _, first = prefill_attention(
+        queries[:, :, :, :half], keys[:, :, :half], values[:, :, :half], spots[:, :half], positions[..., :half],
+        scale=0.25, columns=COLUMNS,
+    )
+    _, _, second = prefill_attention(
+        queries[:, :, :, half:], keys, values, spots[:, half:], positions, scale=0.25, columns=COLUMNS
+    )
+    for name in COLUMNS:
+        padded = jnp.pad(first[name], ((0, 0), (0, 0), (0, 0), (0, half)))
+        np.testing.assert_allclose(combine_columns(name, padded, second[name]), whole[name], atol=1e-5)
+
+
+def test_documents_do_not_see_each_other():
+    queries, keys, values, spots, positions = case(1, 1, 2, 96, 0, 16, [96])
+    labels = jnp.asarray(np.repeat([0, 1], [40, 56])[None], jnp.int32)
+    out, _, _ = prefill_attention(queries, keys, values, spots, positions, scale=0.25, segments=(labels, labels))
+    alone, _, _ = prefill_attention(
+        queries[:, :, :, 40:], keys[:, :, 40:], values[:, :, 40:], spots[:, 40:], positions[..., 40:], scale=0.25
+    )
+    np.testing.assert_allclose(np.asarray(out[:, :, :, 40:]), np.asarray(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_gradients_of_output_and_log_sum_exp_equal_the_references(argument):
+    operands = case(1, 2, 2, 150, 0, 16, [150])
+
+    def loss(array, implementation):
+        given = [*operands[:argument], array, *operands[argument + 1 :]]
+        out, lse, _ = prefill_attention(*given, scale=0.25, implementation=implementation)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+    fast, plain = (jax.grad(loss)(operands[argument], name) for name in ("xla", "reference"))
+    np.testing.assert_allclose(np.asarray(fast), np.asarray(plain), atol=2e-5, rtol=1e-4)
