@@ -1,7 +1,7 @@
 """kvx against transformers with kvpress: decoding, prefill, peak memory (`python -m kvx.eval.bench_peers`).
 
-One process holds both sides and alternates between them, so that what else the machine does hits both; figures are
-medians, judged as ratios. Peak memory is measured in a process of each side's own.
+One process holds both sides and alternates between them; figures are medians, judged as ratios. What else the machine
+does is measured, and a row that others disturbed gets no ratio. Peak memory is measured in a process of each side's own.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ PROMPT = 2048
 KEPT = 256
 STEPS = 16
 """Tokens of one timed decode run; runs go on from the cache of the one before."""
+
+QUIET = 0.1
+"""Share of the CPUs' time that others may take while a row is timed. The sides do not suffer alike beyond that: threads
+of torch spin at barriers, and on two shared CPUs its decode step was seen at ten times its time on quiet ones."""
 
 DECODE = {"decode, 256 kept": ("snapkv", 2.0), "decode, 2048 kept": ("full", 2.0)}
 PREFILL = {"prefill, snapkv": ("snapkv", 0.8), "prefill, h2o": ("h2o", 2.5)}
@@ -87,8 +92,8 @@ def _decode(sides: dict[str, Any], tokens: Any, method: str, runs: int, goal: fl
     for side in sides.values():
         side.prefill(tokens, method, kept)
         side.decode(STEPS)  # compiles, warms up
-    times = _alternate({name: (lambda side=side: side.decode(STEPS) / STEPS) for name, side in sides.items()}, runs)
-    return _row(times, goal) | {"step_bytes": {name: side.step_bytes() for name, side in sides.items()}}
+    once = {name: (lambda side=side: side.decode(STEPS) / STEPS) for name, side in sides.items()}
+    return _row(once, runs, goal) | {"step_bytes": {name: side.step_bytes() for name, side in sides.items()}}
 
 
 def _prefill(sides: dict[str, Any], tokens: Any, method: str, runs: int, goal: float) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def _prefill(sides: dict[str, Any], tokens: Any, method: str, runs: int, goal: f
         return lambda: side.prefill(tokens, method, KEPT)
 
     sides["kvx"].prefill(tokens, method, KEPT)  # compiles
-    return _row(_alternate({name: once(side) for name, side in sides.items()}, runs), goal)
+    return _row({name: once(side) for name, side in sides.items()}, runs, goal)
 
 
 def _alternate(measures: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
@@ -108,17 +113,33 @@ def _alternate(measures: dict[str, Callable[[], float]], runs: int) -> dict[str,
     return times
 
 
-def _row(times: dict[str, list[float]], goal: float) -> dict[str, Any]:
+def _others_share(busy: float, own: float, seconds: float) -> float | None:
+    """Share of all CPUs' time taken by other processes; None where the system does not tell."""
+    return None if busy < 0 else max(0.0, busy - own) / (seconds * (os.cpu_count() or 1))
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that all processes have used since the system started (Linux); -1 elsewhere."""
+    if not os.path.exists("/proc/stat"):
+        return -1.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _row(measures: dict[str, Callable[[], float]], runs: int, goal: float) -> dict[str, Any]:
+    busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
+    times = _alternate(measures, runs)
+    spent = time.perf_counter() - start
+    others = _others_share(_busy_seconds() - busy if busy >= 0 else -1.0, time.process_time() - own, spent)
     medians = {name: statistics.median(found) for name, found in times.items()}
     return {
         "unit": "ms", "median": medians, "all": times, "times_as_fast": medians["peer"] / medians["kvx"], "goal": goal,
+        "others_share": others, "quotable": others is not None and others <= QUIET,
     }  # fmt: skip
 
 
 def read_bandwidth(size: int = 512 << 20, tries: int = 7) -> float:
     """Bytes a second that this process can read from memory with all its threads: the best of a few sums."""
-    import time
-
     import jax
     import jax.numpy as jnp
 
@@ -177,22 +198,27 @@ def show(results: dict[str, Any]) -> None:
         title=f"{results['model']}, float32, batch 1, {results['prompt']} prompt tokens, {results['threads']} threads",
         caption=f"medians of {results['runs']} alternating runs; load {results['load_before']:.1f} before and "
         f"{results['load_after']:.1f} after, on {results['cpus']} CPUs; memory read at {gigabytes:.1f} GB/s; "
-        "MiB a step: weights and cache; floor: those bytes at that rate",
+        f"MiB a step: weights and cache; floor: those bytes at that rate; disturbed: others took more than {QUIET:.0%} of "
+        "the CPUs while a row was timed, so that its ratio says nothing",
     )
-    for name in ("", "kvx", "peer", "ratio", "goal", "MiB a step (kvx, peer)", "floor (kvx, peer)"):
+    for name in ("", "kvx", "peer", "ratio", "goal", "MiB a step (kvx, peer)", "floor (kvx, peer)", "others' CPU"):
         table.add_column(name, justify="left" if not name else "right")
     for name, row in results["rows"].items():
         if row["unit"] == "ms":
             ratio, goal = f"{row['times_as_fast']:.2f}x", f">= {row['goal']:.1f}x"
+            if not row["quotable"]:
+                ratio = "disturbed"
             cells = [f"{row['median'][side]:.1f} ms" for side in ("kvx", "peer")]
+            taken = "?" if row["others_share"] is None else f"{row['others_share']:.0%}"
         else:
             ratio, goal = f"{row['share_of_peer']:.2f}", f"< {row['goal']:.1f}"
             cells = [f"{row['median'][side] / 2**20:.0f} MiB" for side in ("kvx", "peer")]
+            taken = ""
         moved = floor = ""
         if "step_bytes" in row:
             moved = ", ".join(f"{row['step_bytes'][side] / 2**20:.0f}" for side in ("kvx", "peer"))
             floor = ", ".join(f"{row['floor'][side]:.1f}" for side in ("kvx", "peer")) + " ms"
-        table.add_row(name, *cells, ratio, goal, moved, floor)
+        table.add_row(name, *cells, ratio, goal, moved, floor, taken)
     Console().print(table)
 
 

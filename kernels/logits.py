@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
 from kvx.kernels.merge_partials import Partial
 
 

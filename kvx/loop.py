@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from kvx.cache import ENDLESS, KVCache
 from kvx.decoder import Block, Decoder
 from kvx.evidence import Evidence, Requests
-from kvx.kernels.logits import softmax_rows
 from kvx.kernels.decode_attention import slot_logits
+from kvx.kernels.logits import softmax_rows
 from kvx.kernels.prefill_attention import prefill_attention
 from kvx.mesh import Placement, place_cache, place_rows, placement_of
 from kvx.policy import Context, Layer, Policy, Spec

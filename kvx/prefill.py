@@ -1,6 +1,5 @@
 """Prefill: a prompt in, its logits and compressed cache out; whole, in chunks, or onto an existing cache."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
 from kvx.kernels.logits import partial_softmax, scaled_logits, slot_probabilities, visible
 from kvx.kernels.merge_partials import Partial
 

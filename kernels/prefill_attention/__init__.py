@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
 from kvx.kernels.prefill_attention import reference, xla
 
 IMPLEMENTATIONS = {"reference": reference.prefill_attention, "xla": xla.prefill_attention}

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
 from kvx.kernels.logits import scaled_logits, softmax_rows, visible
 
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvx.evidence import Evidence, Requests
 from kvx.errors import BadInput
+from kvx.evidence import Evidence, Requests
 from kvx.policy import Activations, Context, Spec
 from kvx.pytree import pytree, static
 from kvx.tokens import Tokens

@@ -4,13 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from kvx.evidence import Evidence
-from kvx.parts.amounts import Amount, Slots
+from kvx.parts.amounts import Amount
 from kvx.policy import Context, Stage
 from kvx.pytree import pytree, static
 from kvx.stores.paged import Paged
 from kvx.tokens import Tokens
-
-
 
 
 @pytree

@@ -5,7 +5,6 @@ from kvx.policies.d2o import d2o
 from kvx.policies.full import full
 from kvx.policies.h2o import h2o
 from kvx.policies.kivi import kivi
-from kvx.policies.kivi import kivi
 from kvx.policies.knorm import knorm
 from kvx.policies.mikv import mikv
 from kvx.policies.pyramidkv import pyramidkv
@@ -22,7 +21,6 @@ __all__ = [
     "find",
     "full",
     "h2o",
-    "kivi",
     "kivi",
     "knorm",
     "mikv",

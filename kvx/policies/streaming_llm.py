@@ -1,6 +1,6 @@
 """StreamingLLM (2023): a few sinks plus a sliding window, with positions renumbered inside the cache."""
 
-from kvx.parts.amounts import Slots, amount, whole
+from kvx.parts.amounts import amount, whole
 from kvx.parts.budgets import Uniform, check_protected
 from kvx.parts.evict import Evict
 from kvx.parts.renumber import Renumber

@@ -10,7 +10,6 @@ from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree, static
 from kvx.query import Query
-from kvx.stores.base import nbytes
 from kvx.stores.dense import Dense, first_empty
 from kvx.tokens import Tokens
 

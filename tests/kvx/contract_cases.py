@@ -10,7 +10,21 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from kvx.policies import adakv, d2o, full, h2o, kivi, knorm, mikv, pyramidkv, q_filters, quest, snapkv, streaming_llm, tova
+from kvx.policies import (
+    adakv,
+    d2o,
+    full,
+    h2o,
+    kivi,
+    knorm,
+    mikv,
+    pyramidkv,
+    q_filters,
+    quest,
+    snapkv,
+    streaming_llm,
+    tova,
+)
 from kvx.policy import Policy, chain
 
 

@@ -19,7 +19,7 @@ def model():
 
 def one_sentence(error: kvx.BadInput) -> str:
     text = str(error)
-    assert "\n" not in text and "allowed: " in text or "known: " in text
+    assert ("\n" not in text and "allowed: " in text) or "known: " in text
     return text
 
 
