@@ -1,7 +1,7 @@
 """kvx against transformers with kvpress: decoding, prefill, peak memory (`python -m kvx.eval.bench_peers`).
 
 One process holds both sides and alternates between them; figures are medians, judged as ratios. What else the machine
-does is measured, and a row that others disturbed gets no ratio. Peak memory is measured in a process of each side's own.
+does is measured, and a row that others disturbed gets no ratio. Peak memory is measured in a process for each side.
 """
 
 import argparse
@@ -198,8 +198,8 @@ def show(results: dict[str, Any]) -> None:
         title=f"{results['model']}, float32, batch 1, {results['prompt']} prompt tokens, {results['threads']} threads",
         caption=f"medians of {results['runs']} alternating runs; load {results['load_before']:.1f} before and "
         f"{results['load_after']:.1f} after, on {results['cpus']} CPUs; memory read at {gigabytes:.1f} GB/s; "
-        f"MiB a step: weights and cache; floor: those bytes at that rate; disturbed: others took more than {QUIET:.0%} of "
-        "the CPUs while a row was timed, so that its ratio says nothing",
+        f"MiB a step: weights and cache; floor: those bytes at that rate; disturbed: others took more than {QUIET:.0%} "
+        "of the CPUs while a row was timed, so that its ratio says nothing",
     )
     for name in ("", "kvx", "peer", "ratio", "goal", "MiB a step (kvx, peer)", "floor (kvx, peer)", "others' CPU"):
         table.add_column(name, justify="left" if not name else "right")

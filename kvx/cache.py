@@ -36,7 +36,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes: the sum of all arrays' `nbytes`: keys, values, codes, scales, positions, statistics, states."""
+        """Resident bytes: the sum of all arrays' `nbytes`, positions, scales, statistics and states included."""
         return nbytes(self)
 
     def bytes_read(self) -> int:

@@ -26,6 +26,10 @@ class Requests:
         return Requests(max(self.rows, other.rows), self.columns | other.columns, self.query or other.query)
 
 
+NOTHING = Requests()
+"""The request for no evidence at all."""
+
+
 @pytree
 class Evidence:
     """What attention saw, per query head (a policy reduces over a group by name); arrays nobody asked for are None.

@@ -20,7 +20,7 @@ from kvx.parts.amounts import whole
 from kvx.policy import Policy
 from kvx.prefill import prefill
 from kvx.pytree import pytree
-from kvx.sampling import Sampling, next_token
+from kvx.sampling import GREEDY, Sampling, next_token
 
 STOPS = 8
 """Stop tokens are padded to a multiple of this, so that one more of them compiles nothing."""
@@ -75,7 +75,7 @@ def generate(
     policy: Policy | None = None,
     lengths: ArrayLike | None = None,
     max_new_tokens: int = 64,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
     cache: KVCache | None = None,
@@ -112,7 +112,17 @@ def generate(
     said = _said(model, *given) if sampling.repetition_penalty is not None else None
     return _trim(
         _generate(
-            model, policy, cache, logits, tokens, lengths, jnp.int32(count), sampling, stops, keys, said,
+            model,
+            policy,
+            cache,
+            logits,
+            tokens,
+            lengths,
+            jnp.int32(count),
+            sampling,
+            stops,
+            keys,
+            said,
             most=bucket(count),
         ),
         count,
@@ -129,7 +139,7 @@ def stream(model: Decoder, tokens: ArrayLike, **arguments: Any) -> Iterator[Int[
     policy = arguments.pop("policy", None)
     policy = full_policy() if policy is None else checked_policy(policy)
     count = whole(arguments.pop("max_new_tokens", 64), "max_new_tokens", least=1)
-    rule, lengths = arguments.pop("sampling", Sampling()), arguments.pop("lengths", None)
+    rule, lengths = arguments.pop("sampling", GREEDY), arguments.pop("lengths", None)
     stops, keys = _stops(model, arguments.pop("stop", ())), _keys(arguments.pop("seed", 0), len(tokens))
     said = _said(model, np.asarray(tokens), lengths) if rule.repetition_penalty is not None else None
     start = arguments.pop("start", None)
@@ -254,8 +264,9 @@ def full_policy() -> Policy:
 def _check_room(cache: KVCache, steps: int) -> None:
     room = int(cache.room)
     if room != ENDLESS and room < steps:
-        raise BadInput(f"cache has room for {room} more tokens, {steps} are needed; allowed: prefill with a larger "
-                       "max_new_tokens")
+        raise BadInput(
+            f"cache has room for {room} more tokens, {steps} are needed; allowed: prefill with a larger max_new_tokens"
+        )
 
 
 def _stops(model: Decoder, stop: Sequence[int]) -> Int[Array, "K"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvx.cache import ENDLESS, KVCache
 from kvx.decoder import Block, Decoder
-from kvx.evidence import Evidence, Requests
+from kvx.evidence import NOTHING, Evidence, Requests
 from kvx.kernels.decode_attention import slot_logits
 from kvx.kernels.logits import softmax_rows
 from kvx.kernels.prefill_attention import prefill_attention
@@ -36,7 +36,7 @@ def attend(
     past: Tokens | None = None,
     segments: Int[Array, "B T"] | None = None,
     *,
-    requests: Requests = Requests(),
+    requests: Requests = NOTHING,
     rotated: bool = True,
     renumber: bool = False,
 ) -> tuple[Float[Array, "B T E"], Tokens, Evidence]:

@@ -115,9 +115,7 @@ class Stage:
         """
         return None
 
-    def stats(
-        self, tokens: Tokens, evidence: Evidence | None, context: Context
-    ) -> dict[str, Float[Array, "B G T"]]:
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
         """What to keep with each token, given the evidence so far (None: a token just decoded, not yet attended)."""
         return {}
 
@@ -222,7 +220,7 @@ class Policy:
         return round_up(min([self.capacity(spec, layer) + spec.room, *self._bounds(spec, layer)]))
 
     def endless(self, spec: Spec, layer: int) -> bool:
-        """Whether these slots serve any number of new tokens; not if a budget beyond prompt and room was never reached."""
+        """Whether these slots serve any number of new tokens; not where a budget exceeds prompt and room."""
         bounds = self._bounds(spec, layer)
         return bool(bounds) and min(bounds) <= self.slots(spec, layer)
 
@@ -287,8 +285,8 @@ def chain(*policies: Policy) -> Policy:
     stages = tuple(stage for policy in policies for stage in policy.stages)
     if stages and stages[-1].append_only and any(stage.bounded for stage in stages):
         raise BadInput(
-            f"chain: {policies[-1].text!r} cannot evict at every step; allowed before it: policies that act once, after "
-            "the prompt"
+            f"chain: {policies[-1].text!r} cannot evict at every step; allowed before it: policies that act once, "
+            "after the prompt"
         )
     for policy in policies[:-1]:
         if any(stage.stores for stage in policy.stages):

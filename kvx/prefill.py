@@ -77,12 +77,14 @@ def prefill(
     tokens, lengths = place_rows(placement, (tokens, lengths))
     specs = [Spec(block.spec, len(model.blocks), width, fewest, room) for block in model.blocks]
     if prefill_chunk is not None and compress == "chunk" and not alone:
-        raise BadInput("policy is a tuple, but with compress='chunk' each policy changes what later chunks see; "
-                       "allowed: one policy")
+        raise BadInput(
+            "policy is a tuple, but with compress='chunk' each policy changes what later chunks see; "
+            "allowed: one policy"
+        )
     if prefill_chunk is not None and compress == "chunk" and policies[0].decides == "end":
         raise BadInput(
-            f"compress='chunk' cannot serve {policies[0].text}, which decides when every layer's prompt is known; allowed: "
-            "'end'"
+            f"compress='chunk' cannot serve {policies[0].text}, which decides when every layer's prompt is known; "
+            "allowed: 'end'"
         )
     plans = [_Plan(each, specs, cache_dtype, placement) for each in policies]
     if prefill_chunk is None:
@@ -96,14 +98,18 @@ def prefill(
 
 
 class _Plan:
-    """One policy's cache in the making: finished layers, or the material of all layers for one that decides at the end."""
+    """One policy's cache in the making: finished layers, or all layers' material if it decides at the end."""
 
     def __init__(self, policy: Policy, specs: list[Spec], dtype: Any, placement: Placement | None):
         self.specs, self.dtype, self.placement = specs, dtype, placement
         self.policies = [policy.at(layer, len(specs)) for layer in range(len(specs))]
         # Also refuses impossible budgets, before any work.
-        self.slots = [each.slots(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))]
-        self.capacities = [each.capacity(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))]
+        self.slots = [
+            each.slots(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))
+        ]
+        self.capacities = [
+            each.capacity(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))
+        ]
         self.policy = policy
         self.storage: tuple[Any, ...] = ()
         self.places: list[Any] = []
@@ -129,7 +135,9 @@ class _Plan:
                 self.held[layer] = None  # each layer's full keys and values go as soon as they are packed
                 self._pack(layer, tokens, evidence, lengths, shares[layer])
         # An exempt layer keeps every token, so it needs room though others are bounded.
-        endless = all(each.endless(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, self.specs, strict=True)))
+        endless = all(
+            each.endless(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, self.specs, strict=True))
+        )
         room = ENDLESS if endless else self.specs[0].room
         # Placed too, or the first decode step would take a different program than all that follow.
         # Copied, since a cache is donated: caches of one pass, and the caller's own lengths, must not go with it.

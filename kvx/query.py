@@ -1,6 +1,5 @@
 """Queries as stores receive them: unrotated, with their true positions, so that a store rotates by its own rule."""
 
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

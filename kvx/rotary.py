@@ -4,7 +4,6 @@ Stores receive unrotated queries and decide at which positions to rotate; so rot
 the layer, not something a model does in passing.
 """
 
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

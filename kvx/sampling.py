@@ -32,6 +32,10 @@ class Sampling:
     repetition_penalty: Float[Array, ""] | float | None = None
 
 
+GREEDY = Sampling()
+"""The most likely token, always."""
+
+
 def sampling(
     temperature: float = 0.0,
     top_k: int | None = None,

@@ -5,9 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile far more than they compute: without LLVM's optimisations they take two thirds of the time. XLA's own
 # passes (layouts, copies, fusions) are not affected.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
 from jaxtyping import install_import_hook
 

@@ -18,7 +18,8 @@ def test_a_wheel_works_outside_the_repository(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"kvx"}
     sources = {
-        path.relative_to(ROOT).as_posix() for folder in ("kvx", "models", "kernels", "train", "eval")
+        path.relative_to(ROOT).as_posix()
+        for folder in ("kvx", "models", "kernels", "train", "eval")
         for path in (ROOT / folder).rglob("*.py")
     }
     packed = {name for name in names if name.endswith(".py")}
@@ -35,8 +36,11 @@ def test_a_wheel_works_outside_the_repository(tmp_path):
     paths = ":".join([str(site), *(path for path in sys.path if path.endswith("site-packages"))])
     run = subprocess.run(
         [sys.executable, "-P", "-S", "-c", script],
-        cwd=tmp_path, env={"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-        capture_output=True, text=True, check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     where, text = run.stdout.split("\n")[:2]
     assert where.startswith(str(site)) and text == "snapkv(budget=256)"

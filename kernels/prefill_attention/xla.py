@@ -5,6 +5,8 @@ same pass. The loop is what bounds memory: unrolled blocks are all kept alive by
 for 9 heads at 2048 tokens), and the static groups are what skips half of the causal square.
 """
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -52,7 +54,11 @@ def prefill_attention(
     outs, lses = [], []
     for first, last in _causal_groups(blocks):
         reach = min(past + last * block, total)
-        group_keys, group_values, group_positions = keys[:, :, :reach], values[:, :, :reach], key_positions[:, :, :reach]
+        group_keys, group_values, group_positions = (
+            keys[:, :, :reach],
+            values[:, :, :reach],
+            key_positions[:, :, :reach],
+        )
 
         @jax.checkpoint
         def attend(block_queries, positions, labels, keys=group_keys, values=group_values, spots=group_positions):
@@ -116,7 +122,7 @@ def _causal_groups(blocks: int) -> list[tuple[int, int]]:
     # Two blocks at least: XLA unrolls a loop of one turn, and unrolled blocks are alive together, a whole S x S.
     groups = max(min(GROUPS, blocks // 2), 1)
     edges = [blocks * index // groups for index in range(groups + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _grouped_logits(queries, keys, scale, softcap):

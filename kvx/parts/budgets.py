@@ -40,9 +40,7 @@ class Budget(Protocol):
         """The most slots one head of this layer may get at any admissible prompt length; bounds a static shape."""
         ...
 
-    def counts(
-        self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context
-    ) -> Int[Array, "B G"]:
+    def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
         """Slots per row and head. `scores` are +inf on protected tokens."""
         ...
 
@@ -65,9 +63,7 @@ class Uniform(Budget):
     def capacity(self, spec: Spec, layer: int) -> int:
         return self.amount.most(spec.prompt)
 
-    def counts(
-        self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context
-    ) -> Int[Array, "B G"]:
+    def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
         counts = self.amount.of(context.lengths, context.spec.prompt)
         return jnp.broadcast_to(counts[:, None], mask.shape[:2])
 
@@ -83,9 +79,7 @@ class LayerTable(Budget):
             raise BadInput(f"table has {len(self.table)} entries; allowed: one for each of the {spec.layers} layers")
         return self.table[layer]
 
-    def counts(
-        self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context
-    ) -> Int[Array, "B G"]:
+    def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
         return jnp.broadcast_to(jnp.asarray(self.table, jnp.int32)[context.layer], mask.shape[:2])
 
 
@@ -108,9 +102,7 @@ class Pyramid(Budget):
         counts = self.table(lengths, np.array([self.amount.most(int(length)) for length in lengths]), spec.layers, np)
         return int(np.max(np.minimum(counts[layer], lengths)))
 
-    def counts(
-        self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context
-    ) -> Int[Array, "B G"]:
+    def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
         spec = context.spec
         table = self.table(context.lengths, self.amount.of(context.lengths, spec.prompt), spec.layers, jnp)
         return jnp.broadcast_to(table[context.layer][:, None], mask.shape[:2])
@@ -128,14 +120,16 @@ class Pyramid(Budget):
         remainders = scaled % (self.beta * steps)
         missing = layers * base - xp.sum(floors, axis=0)
         larger = xp.sum(remainders[None] > remainders[:, None], axis=1)
-        earlier = xp.sum((remainders[None] == remainders[:, None]) & (index < index.T)[..., None].swapaxes(0, 1), axis=1)
+        earlier = xp.sum(
+            (remainders[None] == remainders[:, None]) & (index < index.T)[..., None].swapaxes(0, 1), axis=1
+        )
         falling = floors + (larger + earlier < missing)
         return self.window + xp.where(lengths < 2 * base, base, falling)
 
 
 @pytree
 class Compete(Budget):
-    """The heads of a layer compete: its G C slots go to the highest scores of all heads together (Ada-KV, Feng et al. 2024).
+    """Heads compete: a layer's G C slots go to the highest scores of all its heads (Ada-KV, Feng et al. 2024).
 
     Every head is first assured its own best int(floor * C) tokens, then the highest scores over all heads fill the
     rest (the rule of kvpress's AdaKVPress; the paper's integer rounding loses slots). Scores must be comparable across
@@ -152,9 +146,7 @@ class Compete(Budget):
         """The most slots all heads of a layer get together."""
         return min(self.amount.most(spec.prompt), spec.prompt) * spec.attention.kv_heads
 
-    def counts(
-        self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context
-    ) -> Int[Array, "B G"]:
+    def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
         budgets = self.amount.of(context.lengths, context.spec.prompt)[:, None]
         batch, heads, length = scores.shape
         scores = jnp.where(mask, scores, -jnp.inf)

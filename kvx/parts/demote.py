@@ -71,9 +71,7 @@ class Demote(Stage):
         self.code.check(spec.attention.key_dim, "keys")
         self.code.check(spec.attention.value_dim, "values")
 
-    def stats(
-        self, tokens: Tokens, evidence: Evidence | None, context: Context
-    ) -> dict[str, Float[Array, "B G T"]]:
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
         unknown = jnp.zeros(tokens.positions.shape, jnp.float32)
         return {**self.host.stats(tokens, evidence, context), HIGH: unknown}
 

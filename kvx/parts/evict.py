@@ -77,9 +77,7 @@ class Evict(Stage):
         protected = self.sinks + (self.recent.most(spec.prompt) if self.recent else 0)
         return max(self.budget.capacity(spec, layer), protected)
 
-    def stats(
-        self, tokens: Tokens, evidence: Evidence | None, context: Context
-    ) -> dict[str, Float[Array, "B G T"]]:
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
         if evidence is None and not self.every_step:
             return {}
         return self.score.stats(tokens, evidence, context)
@@ -110,7 +108,11 @@ class Evict(Stage):
     def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
         """The score, or its mean over the layer's heads."""
         scores = self.score.rank(tokens, evidence)
-        return jnp.broadcast_to(jnp.mean(scores, axis=1, keepdims=True), scores.shape) if self.across == "layer" else scores
+        return (
+            jnp.broadcast_to(jnp.mean(scores, axis=1, keepdims=True), scores.shape)
+            if self.across == "layer"
+            else scores
+        )
 
     def protected(self, tokens: Tokens, evidence: Evidence, recent: Any) -> Bool[Array, "B G T"]:
         """Sinks and the most recent tokens, by true position."""

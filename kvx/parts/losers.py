@@ -18,9 +18,7 @@ class Losers(Protocol):
         """After a prompt or chunk: the tokens, changed where survivors took something over, and a state."""
         ...
 
-    def step(
-        self, store: Any, state: Any, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]
-    ) -> tuple[Any, Any]:
+    def step(self, store: Any, state: Any, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> tuple[Any, Any]:
         """After a decode step: the store without its weakest unit wherever a head holds too much."""
         ...
 
@@ -34,7 +32,5 @@ class Drop(Losers):
     ) -> tuple[Tokens, Any]:
         return tokens, None
 
-    def step(
-        self, store: Any, state: Any, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]
-    ) -> tuple[Any, Any]:
+    def step(self, store: Any, state: Any, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> tuple[Any, Any]:
         return store.release(scores, excess), state

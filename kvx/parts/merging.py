@@ -19,7 +19,7 @@ BLOCK = 128
 
 @pytree
 class MergeNearest(Losers):
-    """Into the survivor of highest key cosine u, if u reaches a moving threshold tau (D2O, Wan et al. 2024, section 3.3).
+    """Into the survivor of highest key cosine u, if u reaches a moving threshold (D2O, Wan et al. 2024, section 3.3).
 
         tau <- mean u the first time, then alpha tau + (1 - alpha) mean u; the update comes before the test
         "exp":  x_c <- (e x_c + sum_R exp(u_r) x_r) / (e + sum_R exp(u_r))    (the paper)
@@ -55,9 +55,7 @@ class MergeNearest(Losers):
         merged = replace(tokens.with_form(rotated=True), values=merge(tokens.values))
         return replace(merged, keys=merge(merged.keys)), (threshold, started)
 
-    def step(
-        self, store: Any, state: Any, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]
-    ) -> tuple[Any, Any]:
+    def step(self, store: Any, state: Any, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> tuple[Any, Any]:
         threshold, started = state
         tokens = store.tokens()
         loser, leaving = weakest(scores, tokens.positions), excess > 0

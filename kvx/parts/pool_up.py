@@ -55,9 +55,7 @@ class ByVariance(Budget):
         # f lies in [0, 1], so no layer's share exceeds e times the mean.
         return min(math.ceil(math.e * self.amount.most(spec.prompt)) + 1, spec.prompt + spec.room)
 
-    def counts(
-        self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context
-    ) -> Int[Array, "B G"]:
+    def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
         return jnp.broadcast_to(context.plan[:, None], mask.shape[:2])
 
     def recent(self, amount: Amount | None, sinks: int, context: Context) -> Int[Array, "B"]:
@@ -73,7 +71,7 @@ class ByVariance(Budget):
 
 @pytree
 class PoolUp(Stage):
-    """The layers that take part live in one pool of their conserved total, one spare slot a layer for the fresh token."""
+    """The layers that take part live in one pool of their total, with a spare slot each for the fresh token."""
 
     split: ByVariance = static()
     skip: tuple[int, ...] = static(())

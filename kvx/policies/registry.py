@@ -1,4 +1,4 @@
-"""The registry of named methods: recipes register themselves, and are called by name from configs and the command line."""
+"""The registry of named methods: recipes register themselves and are called by name."""
 
 import functools
 import inspect

@@ -10,7 +10,9 @@ from kvx.policy import Policy
 
 
 @recipe
-def snapkv(budget: int | float, window: int = 64, kernel: int = 5, pooling: str = "mean", group: str = "mean") -> Policy:
+def snapkv(
+    budget: int | float, window: int = 64, kernel: int = 5, pooling: str = "mean", group: str = "mean"
+) -> Policy:
     """Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation".
 
         a_j = pool_j(group_h(1/W sum_{i in last W} p_ij)),    keep the top C - W of the prompt and the window

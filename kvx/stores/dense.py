@@ -46,9 +46,7 @@ class Dense:
         )
 
     def read(self, query: Query) -> Partial:
-        return decode_attention(
-            query.rotated, self.keys, self.values, query.positions, self.slots, **query.masking
-        )
+        return decode_attention(query.rotated, self.keys, self.values, query.positions, self.slots, **query.masking)
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         return decode_probabilities(query.rotated, self.keys, query.positions, self.slots, lse, **query.masking)

@@ -1,4 +1,4 @@
-"""The paged store: everything kept, in pages with elementwise key bounds; a read touches the most promising pages only."""
+"""The paged store: everything kept, in pages with key bounds; a read touches the most promising pages."""
 
 from dataclasses import replace
 

@@ -36,7 +36,9 @@ class Renumbered:
         return cls(inner, jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), inner.slots.shape))
 
     def append(self, tokens: Tokens) -> "Renumbered":
-        slot = jnp.min(jnp.where(self.inner.slots < 0, jnp.arange(self.places.shape[-1]), self.places.shape[-1]), axis=-1)
+        slot = jnp.min(
+            jnp.where(self.inner.slots < 0, jnp.arange(self.places.shape[-1]), self.places.shape[-1]), axis=-1
+        )
         return replace(self, inner=self.inner.append(tokens), places=write_slot(self.places, slot, self._count()))
 
     def read(self, query: Query) -> Partial:

@@ -1,5 +1,7 @@
 """Partials: attention over a union of disjoint sets equals the merge over the sets, empty ones included."""
 
+from itertools import pairwise
+
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -27,7 +29,7 @@ def test_parts_merge_to_the_whole(slots, cuts, seed):
     edges = [0, *sorted(min(cut, slots) for cut in cuts), slots]
     parts = [
         decode_attention(query, keys[:, :, a:b], values[:, :, a:b], spot, places[..., a:b], scale=0.5)
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in pairwise(edges)
         if b > a
     ]
     merged = merge_partials(*parts)
@@ -35,7 +37,9 @@ def test_parts_merge_to_the_whole(slots, cuts, seed):
     np.testing.assert_allclose(np.asarray(merged.lse), np.asarray(whole.lse), atol=2e-6)
     chances = decode_probabilities(query, keys, spot, places, whole.lse, scale=0.5)
     some = np.asarray(jnp.any(places >= 0, axis=-1), np.float32)
-    np.testing.assert_allclose(np.asarray(chances.sum(-1))[..., 0], np.broadcast_to(some[..., None], (2, 2, 3)), atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(chances.sum(-1))[..., 0], np.broadcast_to(some[..., None], (2, 2, 3)), atol=1e-5
+    )
 
 
 def test_the_empty_part_is_neutral_and_nothing_merges_to_nothing():

@@ -21,7 +21,9 @@ def case(batch, kv_heads, group, length, past, dim, lengths, seed=0):
 
     index = np.arange(length)
     new = np.where(index < np.asarray(lengths)[:, None], past + index, -1)
-    old = np.broadcast_to(np.where(random.random((batch, kv_heads, past)) < 0.8, np.arange(past), -1), (batch, kv_heads, past))
+    old = np.broadcast_to(
+        np.where(random.random((batch, kv_heads, past)) < 0.8, np.arange(past), -1), (batch, kv_heads, past)
+    )
     spots = np.concatenate([old, np.broadcast_to(new[:, None], (batch, kv_heads, length))], axis=-1)
     return (
         normal(batch, kv_heads, group, length, dim),
@@ -63,7 +65,9 @@ def test_padding_sees_nothing_and_counts_nowhere():
 def test_column_mass_sums_to_the_number_of_queries():
     operands = case(2, 2, 3, 300, 0, 16, [300, 120])
     _, _, columns = prefill_attention(*operands, scale=0.25, columns=("sum",))
-    np.testing.assert_allclose(np.asarray(columns["sum"].sum(-1)), np.broadcast_to([[[300]], [[120]]], (2, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(columns["sum"].sum(-1)), np.broadcast_to([[[300]], [[120]]], (2, 2, 3)), rtol=1e-5
+    )
 
 
 def test_statistics_of_two_chunks_combine_to_those_of_the_whole():
@@ -71,8 +75,13 @@ def test_statistics_of_two_chunks_combine_to_those_of_the_whole():
     _, _, whole = prefill_attention(queries, keys, values, spots, positions, scale=0.25, columns=COLUMNS)
     half = 128
     _, _, first = prefill_attention(
-        queries[:, :, :, :half], keys[:, :, :half], values[:, :, :half], spots[:, :half], positions[..., :half],
-        scale=0.25, columns=COLUMNS,
+        queries[:, :, :, :half],
+        keys[:, :, :half],
+        values[:, :, :half],
+        spots[:, :half],
+        positions[..., :half],
+        scale=0.25,
+        columns=COLUMNS,
     )
     _, _, second = prefill_attention(
         queries[:, :, :, half:], keys, values, spots[:, half:], positions, scale=0.25, columns=COLUMNS

@@ -78,9 +78,7 @@ CASES: dict[str, Case] = {
     # Its first layer is exempt, so the budget says nothing about it; it decides when all layers are known.
     "d2o": Case(lambda budget: d2o(budget, skip=(0,)), evicts=False, chunked=False),
     "kivi": Case(lambda budget: _kivi(), lambda budget: kivi(bits=None), evicts=False),
-    "mikv": Case(
-        lambda budget: mikv(high=budget, bits=4), lambda budget: mikv(high=budget, bits=None), evicts=False
-    ),
+    "mikv": Case(lambda budget: mikv(high=budget, bits=4), lambda budget: mikv(high=budget, bits=None), evicts=False),
     "snapkv+kivi": Case(
         lambda budget: chain(snapkv(budget, window=8), _kivi()),
         lambda budget: chain(snapkv(budget, window=8), kivi(bits=None)),

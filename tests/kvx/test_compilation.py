@@ -55,7 +55,7 @@ def test_the_decode_loop_copies_no_cache_sized_array(model, text):
     """While the loop runs: what it may copy once before and after does not count, since donation is the caller's."""
     policy = kvx.parse_policy(text)
     tokens, _ = tiny.prompts(600)
-    logits, cache = kvx.prefill(model, tokens, policy, max_new_tokens=128)
+    _, cache = kvx.prefill(model, tokens, policy, max_new_tokens=128)
     shapes = large_shapes(cache)
     # As flat leaves: lowering describes arguments by placeholders, which the run-time shape checks of tests refuse.
     leaves, structure = jax.tree.flatten(cache)

@@ -41,7 +41,10 @@ def one_sentence(error: kvx.BadInput) -> str:
         ({"compress": "never"}, "compress='never'"),
         ({"prefill_chunk": 0}, "prefill_chunk=0"),
         ({"policy": (FULL, FULL), "prefill_chunk": 4, "compress": "chunk"}, "policy is a tuple"),
-        ({"policy": d2o(4, recent=0, sinks=1), "prefill_chunk": 4, "compress": "chunk"}, "compress='chunk' cannot serve d2o"),
+        (
+            {"policy": d2o(4, recent=0, sinks=1), "prefill_chunk": 4, "compress": "chunk"},
+            "compress='chunk' cannot serve d2o",
+        ),
     ],
 )
 def test_prefill_refuses(model, arguments, words):
@@ -72,7 +75,10 @@ def test_budgets_are_checked_when_a_policy_is_built(recipe, budget):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: snapkv(32, window=64), "budget=32 is smaller than its protected slots .window=64.; allowed: at least 64"),
+        (
+            lambda: snapkv(32, window=64),
+            "budget=32 is smaller than its protected slots .window=64.; allowed: at least 64",
+        ),
         (lambda: streaming_llm(4), "sinks=4"),
         (lambda: d2o(8, recent=8), "protected"),
         (lambda: snapkv(64, kernel=4, window=8), "kernel=4 is even"),

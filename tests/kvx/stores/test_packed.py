@@ -98,9 +98,7 @@ class ListOfSteps:
 @partial(jax.jit, static_argnames=("capacity", "slots", "bits", "group", "residual"))
 def packed(tokens, capacity, slots, bits=2, group=8, residual=16):
     """A store of everything present."""
-    return Packed.pack(
-        tokens, tokens.present, capacity, slots=slots, bits=bits, group=group, residual=residual
-    )
+    return Packed.pack(tokens, tokens.present, capacity, slots=slots, bits=bits, group=group, residual=residual)
 
 
 @partial(jax.jit, donate_argnames="store")

@@ -113,8 +113,10 @@ def test_a_moved_token_is_what_the_second_tier_would_have_packed():
     early = tiered(prompt, prompt.positions == 1)
     for position in (0, 2, 3):
         for one, other in zip(late.tiers[1].dense()[:2], early.tiers[1].dense()[:2], strict=True):
-            picked = [np.asarray(array)[np.asarray(store.tiers[1].positions()) == position]
-                      for array, store in ((one, late), (other, early))]
+            picked = [
+                np.asarray(array)[np.asarray(store.tiers[1].positions()) == position]
+                for array, store in ((one, late), (other, early))
+            ]
             np.testing.assert_array_equal(*picked)
 
 
