@@ -88,7 +88,7 @@ def _panel(axes: Any, points: Sequence[Point], lower_is_better: bool) -> list[Po
 def _labels(axes: Any, points: Sequence[Point], edge: Sequence[Point]) -> None:
     """A name beside every point: of some places around it the first that covers nothing, else the least covering."""
     pixel = axes.figure.dpi / 72
-    spots = {point: axes.transData.transform(point[:2]) / pixel for point in points}
+    spots = {point: (axes.transData.transform(point[:2]) / pixel).tolist() for point in points}
     frame = axes.bbox
     inside = _Box(frame.x0 / pixel, frame.y0 / pixel, frame.x1 / pixel, frame.y1 / pixel)
     taken = [_Box(x - 4, y - 4, x + 4, y + 4) for x, y in spots.values()]
@@ -132,7 +132,7 @@ class _Box(NamedTuple):
         """The area they share."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.high, other.high) - max(self.low, other.low)
-        return max(width, 0) * max(height, 0)
+        return max(width, 0.0) * max(height, 0.0)
 
     def outside(self, frame: "_Box") -> float:
         """The area beyond the frame."""
