@@ -67,8 +67,7 @@ def prefill_attention(
             if segments is not None:
                 seen &= (labels[:, :, None] == segments[1][:, None, : spots.shape[-1]])[:, None, None]
             weights, total, lse = _unnormalised(jnp.where(seen, logits, -jnp.inf))
-            # Dividing the output instead of the weights saves a pass over a block's logits: 40 ms against 56 for 9
-            # heads of 2048 tokens.
+            # Dividing the output and not the weights saves a pass over the block: 40 ms against 56 at 9 x 2048.
             return weights, total, _grouped_mix(weights, values) / total[..., None], lse
 
         def step(carry, item, attend=attend, reach=reach):
