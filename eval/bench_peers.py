@@ -170,7 +170,8 @@ def _peaks(path: Path, prompt: Path, threads: int, method: str, runs: int) -> di
         peaks[side].append(int(done.stdout.splitlines()[-1]))
     medians = {side: statistics.median(found) for side, found in peaks.items()}
     return {
-        "unit": "bytes", "median": medians, "all": peaks, "share_of_peer": medians["kvx"] / medians["peer"], "goal": 1.0,
+        "unit": "bytes", "median": medians, "all": peaks,
+        "share_of_peer": medians["kvx"] / medians["peer"], "goal": 1.0,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvx import policies
 from kvx.errors import BadInput
 from kvx.parts.amounts import Share, Slots
 from kvx.parts.budgets import Compete, LayerTable, Pyramid, Uniform, check_protected
@@ -30,10 +31,10 @@ def test_uniform_slots_are_the_same_for_every_row_and_shares_follow_its_length()
     np.testing.assert_array_equal(counts(Uniform(Share(0.25)), batch())[:, 0], [1, 10, 25])
 
 
-def test_a_capacity_never_exceeds_the_prompt():
+def test_a_policy_never_keeps_more_slots_than_the_prompt_has():
     spec = batch().spec
-    for budget in (Uniform(Slots(500)), LayerTable((500,) * 4), Pyramid(Slots(500), 8), Compete(Slots(500))):
-        assert budget.capacity(spec, 0) <= spec.prompt
+    for policy in (policies.h2o(500), policies.snapkv(500, window=8), policies.pyramidkv(500, window=8)):
+        assert policy.capacity(spec, 0) == spec.prompt
 
 
 @pytest.mark.parametrize("amount", [Slots(24), Share(0.3)])
