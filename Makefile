@@ -33,7 +33,7 @@ lint: $(VENV)/test
 # pyright cannot follow sub-packages that live outside kvx/, so it reads the package as a wheel installs it.
 types: $(VENV)/test
 	rm -rf build/types && $(PIP) --no-deps --target build/types .
-	$(BIN)/pyright --project pyproject.toml build/types/kvx
+	$(BIN)/pyright --pythonpath $(BIN)/python build/types/kvx
 
 $(VENV)/kvx: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

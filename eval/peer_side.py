@@ -60,7 +60,7 @@ class PeerSide:
             self.token = logits[:, -1].argmax(dim=-1, keepdim=True)
         spent = time.perf_counter() - start
         self.model.set_attn_implementation("sdpa")
-        assert all(layer.keys.shape[2] == kept for layer in self.cache.layers)
+        assert all(layer.keys is not None and layer.keys.shape[2] == kept for layer in self.cache.layers)
         return spent
 
     def decode(self, count: int) -> float:
@@ -78,7 +78,9 @@ class PeerSide:
 
     def step_bytes(self) -> int:
         """Bytes that one decode step has to read: all weights, and keys and values."""
-        return self.weights + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return self.weights + sum(
+            array.nbytes for layer in self.cache.layers for array in (layer.keys, layer.values) if array is not None
+        )
 
 
 def peak_resident() -> int:

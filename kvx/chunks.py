@@ -79,9 +79,11 @@ def _join(past: Tokens, before: Evidence, new: Tokens, evidence: Evidence) -> tu
         for name, column in evidence.columns.items()
     }
     rows = None
-    if evidence.rows is not None:
+    if evidence.rows is not None and before.rows is not None:
         rows = _newest_rows(widen(before.rows), unpad(evidence.rows), jnp.sum(new.positions[:, 0] >= 0, axis=-1))
-    peak = None if evidence.query_peak is None else jnp.maximum(before.query_peak, evidence.query_peak)
+    peak = None
+    if evidence.query_peak is not None and before.query_peak is not None:
+        peak = jnp.maximum(before.query_peak, evidence.query_peak)
     return concatenate(past, new), replace(evidence, columns=columns, rows=rows, query_peak=peak)
 
 

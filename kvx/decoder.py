@@ -45,7 +45,10 @@ class AttentionSpec:
 class Block(Protocol):
     """One decoder layer."""
 
-    spec: AttentionSpec
+    @property
+    def spec(self) -> AttentionSpec:
+        """Static facts of its attention."""
+        ...
 
     @property
     def rotary(self) -> Rotary:
@@ -67,9 +70,20 @@ class Block(Protocol):
 class Decoder(Protocol):
     """A decoder-only language model as the spine uses it; an nnx.Module of `kvx.models` is one."""
 
-    blocks: Sequence[Block]
-    vocabulary: int
-    max_positions: int
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The layers, lowest first."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        ...
+
+    @property
+    def max_positions(self) -> int:
+        """The longest text it was made for."""
+        ...
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """The input of the first block."""

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvx.buckets import bucket
@@ -42,7 +41,7 @@ class Generation:
 
 
 def decode_step(
-    model: Decoder, token: ArrayLike, cache: KVCache, policy: Policy
+    model: Decoder, token: Array | np.ndarray, cache: KVCache, policy: Policy
 ) -> tuple[Float[Array, "B N"], KVCache]:
     """Feed one token of every row; the given cache is donated and must not be used again.
 
@@ -60,7 +59,7 @@ def decode_step(
             raise BadInput(f"token holds {token.tolist()}; allowed: 0 to {model.vocabulary - 1}")
         _check_room(cache, 1)
         return _decode_step(model, jnp.asarray(token, jnp.int32), cache, policy)
-    return decode(model, token, cache, policy, jnp.ones(token.shape, bool))
+    return decode(model, jnp.asarray(token), cache, policy, jnp.ones(token.shape, bool))
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -70,10 +69,10 @@ def _decode_step(model: Decoder, token: Int[Array, "B"], cache: KVCache, policy:
 
 def generate(
     model: Decoder,
-    tokens: ArrayLike,
+    tokens: Array | np.ndarray,
     *,
     policy: Policy | None = None,
-    lengths: ArrayLike | None = None,
+    lengths: Array | np.ndarray | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
     stop: Sequence[int] = (),
@@ -129,7 +128,7 @@ def generate(
     )
 
 
-def stream(model: Decoder, tokens: ArrayLike, **arguments: Any) -> Iterator[Int[Array, "B"]]:
+def stream(model: Decoder, tokens: Array | np.ndarray, **arguments: Any) -> Iterator[Int[Array, "B"]]:
     """Like `generate`, one step at a time: yields the (B,) tokens of each step, -1 for rows that have ended.
 
     Args:
@@ -155,7 +154,7 @@ def stream(model: Decoder, tokens: ArrayLike, **arguments: Any) -> Iterator[Int[
 
 
 def extend(
-    model: Decoder, tokens: ArrayLike, policy: Policy, lengths: ArrayLike | None, cache: KVCache
+    model: Decoder, tokens: Array | np.ndarray, policy: Policy, lengths: Array | np.ndarray | None, cache: KVCache
 ) -> tuple[Float[Array, "B N"], KVCache]:
     """Feed more tokens to an existing cache through the decode path, so that every policy acts as it would there.
 
@@ -169,7 +168,7 @@ def extend(
 
 
 def teacher_forced(
-    model: Decoder, tokens: ArrayLike, cache: KVCache, policy: Policy, logits: Float[Array, "B V"]
+    model: Decoder, tokens: Array | np.ndarray, cache: KVCache, policy: Policy, logits: Float[Array, "B V"]
 ) -> tuple[Float[Array, "B N"], KVCache]:
     """Log-probability of each given token under the cache before it, fed one by one through the decode path.
 
@@ -193,7 +192,7 @@ def _generate(model, policy, cache, logits, given, given_lengths, count, rule, s
         if given.shape[1]:
             fresh = step >= given_lengths
             token = jnp.where(fresh, token, given[:, jnp.minimum(step, given.shape[1] - 1)])
-            after = said if said is None else jnp.where(fresh[:, None], after, said)
+            after = None if said is None or after is None else jnp.where(fresh[:, None], after, said)
         place = step - given_lengths
         out = out.at[jnp.arange(batch), jnp.where(fresh & ~done, place, most)].set(token, mode="drop")
         ends = fresh & (jnp.any(token[:, None] == stops, axis=1) | (place + 1 >= count))

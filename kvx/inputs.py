@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from kvx.decoder import Decoder
@@ -14,7 +14,7 @@ from kvx.policy import Policy
 
 def traced(*values: Any) -> bool:
     """Whether the call is inside a caller's jit, where shapes are all that can be checked."""
-    return any(isinstance(value, jax.core.Tracer) for value in values)
+    return any(isinstance(value, Tracer) for value in values)
 
 
 def checked_prompt(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvx.errors import BadInput
@@ -68,7 +69,8 @@ class Placement:
             # Two axes of one array cannot lie on one mesh axis: the first has it.
             fits = axis in self.mesh.shape and axis not in used and size % self.mesh.shape[axis] == 0
             entries.append(axis if fits else None)
-            used.update({axis} if fits else ())
+            if fits and axis is not None:
+                used.add(axis)
         while entries and entries[-1] is None:
             entries.pop()
         return NamedSharding(self.mesh, PartitionSpec(*entries))
@@ -78,7 +80,7 @@ class Placement:
         sharding = self.sharding(array.shape, axes)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             return jax.lax.with_sharding_constraint(array, sharding)
         return jax.device_put(array, sharding)
 

@@ -10,13 +10,16 @@ from kvx.pytree import pytree, static
 class Place(Protocol):
     """How to get at a layer's store in the cache's storage, and how to put it back.
 
-    Attributes:
-        slot: index into the storage.
+    Class attributes:
         shared: later layers may add to that slot while the cache is made.
     """
 
-    slot: int
-    shared: bool
+    shared: ClassVar[bool]
+
+    @property
+    def slot(self) -> int:
+        """Where in the storage."""
+        ...
 
     def load(self, storage: tuple[Any, ...]) -> Any:
         """The layer's store."""

@@ -1,11 +1,11 @@
 """Prefill: a prompt in, its logits and compressed cache out; whole, in chunks, or onto an existing cache."""
 
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvx.buckets import bucket, shortest
@@ -23,11 +23,41 @@ from kvx.policy import Context, Policy, Spec
 from kvx.tokens import Tokens
 
 
+@overload
 def prefill(
     model: Decoder,
-    tokens: ArrayLike,
+    tokens: Array | np.ndarray,
+    policy: Policy,
+    lengths: Array | np.ndarray | None = None,
+    cache: KVCache | None = None,
+    *,
+    max_new_tokens: int = 128,
+    prefill_chunk: int | None = None,
+    compress: str = "end",
+    cache_dtype: Any = None,
+) -> tuple[Float[Array, "B N"], KVCache]: ...
+
+
+@overload
+def prefill(
+    model: Decoder,
+    tokens: Array | np.ndarray,
+    policy: tuple[Policy, ...],
+    lengths: Array | np.ndarray | None = None,
+    cache: KVCache | None = None,
+    *,
+    max_new_tokens: int = 128,
+    prefill_chunk: int | None = None,
+    compress: str = "end",
+    cache_dtype: Any = None,
+) -> tuple[Float[Array, "B N"], tuple[KVCache, ...]]: ...
+
+
+def prefill(
+    model: Decoder,
+    tokens: Array | np.ndarray,
     policy: Policy | tuple[Policy, ...],
-    lengths: ArrayLike | None = None,
+    lengths: Array | np.ndarray | None = None,
     cache: KVCache | None = None,
     *,
     max_new_tokens: int = 128,

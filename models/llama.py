@@ -192,7 +192,7 @@ class Llama(nnx.Module):
             yield Piece(f"{layer}.post_attention_layernorm.weight", block.mlp_norm.weight, "vector")
             yield from gated_pieces(mlp, block.mlp.gate_up.kernel, "matrix", "weight")
             yield Piece(f"{mlp}.down_proj.weight", block.mlp.down.kernel, "matrix")
-            if block.mlp.gate_up.bias is not None:
+            if block.mlp.gate_up.bias is not None and block.mlp.down.bias is not None:
                 yield from gated_pieces(mlp, block.mlp.gate_up.bias, "vector", "bias")
                 yield Piece(f"{mlp}.down_proj.bias", block.mlp.down.bias, "vector")
         yield Piece("model.norm.weight", self.norm.weight, "vector")

@@ -28,11 +28,10 @@ def load(
     Raises:
         BadInput: an unknown name, a file that cannot be read, or a model that kvx does not compute.
     """
-    checkpoint = read_checkpoint(resolve(name_or_path))
+    checkpoint = read_checkpoint(resolve(Path(name_or_path) if isinstance(name_or_path, PathLike) else name_or_path))
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = model_from_checkpoint(checkpoint, dtype)
+    standard = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    model = model_from_checkpoint(checkpoint, standard if dtype is None else dtype)
     if mesh is not None:
         from kvx.mesh import place_model
 

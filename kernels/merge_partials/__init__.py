@@ -9,6 +9,8 @@ Tiers, shared prefixes, split-K and context-parallel decoding all rest on this o
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -38,5 +40,6 @@ def merge_partials(*parts: Partial) -> Partial:
     weights = jnp.exp(lse - finite_top)
     total = jnp.sum(weights, axis=0)
     divisor = jnp.where(total > 0, total, 1.0)
-    out = sum(part.out * (weight / divisor)[..., None] for part, weight in zip(parts, weights, strict=True))
+    weighted = [part.out * (weight / divisor)[..., None] for part, weight in zip(parts, weights, strict=True)]
+    out = reduce(add, weighted)
     return Partial(out=out, lse=jnp.where(total > 0, finite_top + jnp.log(divisor), -jnp.inf))

@@ -6,7 +6,7 @@ Python holds 1 == 1.0 == True, and a static field of a compiled function compare
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +53,7 @@ Amount = Slots | Share
 T = TypeVar("T")
 
 
-def amount(value: object, name: str = "budget") -> Amount:
+def amount(value: Any, name: str = "budget") -> Amount:
     """The tagged amount a user wrote: an int counts slots, a float in (0, 1] is a share of the prompt.
 
     Raises:
@@ -71,7 +71,7 @@ def amount(value: object, name: str = "budget") -> Amount:
     return Share(float(value))
 
 
-def whole(value: object, name: str, least: int, most: int | None = None) -> int:
+def whole(value: Any, name: str, least: int, most: int | None = None) -> int:
     """A checked whole-number hyperparameter.
 
     Raises:
@@ -84,7 +84,7 @@ def whole(value: object, name: str, least: int, most: int | None = None) -> int:
     return int(value)
 
 
-def fraction(value: object, name: str) -> float:
+def fraction(value: Any, name: str) -> float:
     """A checked hyperparameter in [0, 1].
 
     Raises:

@@ -230,7 +230,7 @@ class Run:
         return (*storage[: self.slot], store.pool, *storage[self.slot + 1 :])
 
 
-@place.register
+@place.register(Pooled)
 def _(store: Pooled, storage: tuple) -> tuple[Run, tuple]:
     """The pool is stored once; as layers are packed one after the other, each sees what the one before it left."""
     slot = next((index for index, held in enumerate(storage) if isinstance(held, Pool)), len(storage))
