@@ -9,7 +9,7 @@ import pytest
 from kvx import policies
 from kvx.errors import BadInput
 from kvx.parts.amounts import Share, Slots
-from kvx.parts.budgets import Compete, LayerTable, Pyramid, Uniform, check_protected
+from kvx.parts.budgets import Compete, Pyramid, Uniform, check_protected
 from kvx.parts.pool_up import ByVariance
 from tests.kvx.policies.direct import context
 
