@@ -12,7 +12,7 @@ demo: $(VENV)/kvx
 	$(BIN)/kvx compare smollm2-135m-instruct --out results/compare
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not peer"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not peer"
 
 slow: $(VENV)/aot
 	$(BIN)/python -m pytest -m "slow and not peer"

@@ -10,3 +10,15 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --x
 from jaxtyping import install_import_hook
 
 install_import_hook("kvx", "beartype.beartype")
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module_only() -> Iterator[None]:
+    """Compiled programs are let go after each file: thousands in one process exhaust its memory maps (a crash in XLA)."""
+    yield
+    jax.clear_caches()
