@@ -19,6 +19,6 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_module_only() -> Iterator[None]:
-    """Compiled programs are let go after each file: thousands in one process exhaust its memory maps (a crash in XLA)."""
+    """Compiled programs go after each file: thousands in one process exhaust its memory maps, and XLA crashes."""
     yield
     jax.clear_caches()
