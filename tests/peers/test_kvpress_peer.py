@@ -115,7 +115,7 @@ def filters(kvx_model, prompts):
 
 @pytest.fixture(scope="session", params=LENGTHS)
 def kept(request, kvx_model, peer, prompts, filters):
-    """For one prompt and every case: what each side keeps, (L, G, S) masks, and kvx's scores, (L, G, S)."""
+    """For one prompt and every case: what each side keeps, (L, G, S) masks; kvx's scores, (L, G, S); policy; tokens."""
     model, _ = kvx_model
     tokens = prompts[request.param]
     cases = list(_cases(tokens.shape[1], len(model.blocks)))
@@ -124,7 +124,7 @@ def kept(request, kvx_model, peer, prompts, filters):
     scores = _scores(model, tokens, ours)
     theirs = _peer_kept(peer, tokens, cases, filters)
     return {
-        name: (_positions_mask(cache, tokens.shape[1]), theirs[name], scores[index], policy)
+        name: (_positions_mask(cache, tokens.shape[1]), theirs[name], scores[index], policy, tokens[0])
         for index, ((name, *_), cache, policy) in enumerate(zip(cases, caches, ours, strict=True))
     }
 
@@ -207,16 +207,40 @@ def _record(press, layers):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kept_positions_equal_those_of_kvpress(name, kept):
-    ours, theirs, scores, policy = kept[name]
+    ours, theirs, scores, policy, tokens = kept[name]
     assert ours.shape == theirs.shape
     assert 0 < ours.sum() < ours.size
     np.testing.assert_array_equal(ours.sum(axis=(1, 2)), theirs.sum(axis=(1, 2)))
-    different = ours != theirs
+    different = (ours != theirs) & ~_tied(name, ours, scores, tokens)
     assert different.mean() <= ALLOWED
     for layer, head, place in np.argwhere(different):
         score = scores[layer, head, place]
         margins = [abs(score - cut) / abs(cut) for cut in _cuts(policy, ours[layer], scores[layer], head)]
         assert min(margins) <= NEAR, (layer, head, place, margins)
+
+
+def _tied(name, kept, scores, tokens):
+    """Where the rule does not say which token stays: (L, G, S).
+
+    A key of the first layer depends on its token alone, and rotation does not change its norm. So a token that occurs
+    twice ties exactly, and if it is the one at the threshold, float32 rounding picks among its places.
+    """
+    tied = np.zeros_like(kept)
+    if name.startswith("knorm"):
+        for head, mask in enumerate(kept[0]):
+            edge = tokens[np.flatnonzero(mask)[scores[0, head, mask].argmin()]]
+            tied[0, head] = tokens == edge
+    return tied
+
+
+def test_repeated_tokens_at_the_threshold_have_equal_norms(kept):
+    """What `_tied` excuses are ties indeed, and few."""
+    for ratio in RATIOS:
+        ours, _, scores, _, tokens = kept[f"knorm {ratio}"]
+        tied = _tied(f"knorm {ratio}", ours, scores, tokens)
+        assert tied.mean() < 0.01
+        for head, mask in enumerate(tied[0]):
+            assert np.ptp(scores[0, head, mask]) <= 1e-6 * np.abs(scores[0, head, mask]).max()
 
 
 def _cuts(policy, kept, scores, head):
@@ -231,7 +255,7 @@ def _cuts(policy, kept, scores, head):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("pyramidkv")])
 def test_the_pyramid_gives_layers_different_counts_here(name, kept):
-    _, theirs, _, _ = kept[name]
+    _, theirs, *_ = kept[name]
     counts = theirs.sum(axis=2)[:, 0]
     assert len(set(counts)) > 20
     assert np.all(np.diff(counts) <= 0)
@@ -239,5 +263,5 @@ def test_the_pyramid_gives_layers_different_counts_here(name, kept):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("adakv")])
 def test_heads_really_get_different_counts_here(name, kept):
-    ours, _, _, _ = kept[name]
+    ours, *_ = kept[name]
     assert np.ptp(ours.sum(axis=2), axis=1).max() > 50
