@@ -82,7 +82,6 @@ def _panel(axes: Any, points: Sequence[Point], lower_is_better: bool) -> list[Po
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.margins(x=0.12, y=0.12)
     return edge
-    _labels(axes, points, edge)
 
 
 def _labels(axes: Any, points: Sequence[Point], edge: Sequence[Point]) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from jaxtyping import Array, Float, Int
 
 from kvx.pytree import pytree
-from kvx.query import Query
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Requests:
     Attributes:
         rows: probabilities of each row's last `rows` queries (at a decode step: of the one new query if >= 1).
         columns: names of statistics over all queries ("sum", "square", "max"); prefill only.
-        query: the last `rows` queries themselves, and the channel maxima of all.
+        query: the channel maxima of all queries; prefill only.
     """
 
     rows: int = 0
@@ -47,7 +46,6 @@ class Evidence:
     seen: Int[Array, "B"]
     rows: Float[Array, "B G R W S"] | None = None
     columns: dict[str, Float[Array, "B G R S"]] = field(default_factory=dict)
-    query: Query | None = None
     query_peak: Float[Array, "B G D"] | None = None
 
     def only(self, requests: Requests) -> "Evidence":

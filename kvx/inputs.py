@@ -60,7 +60,7 @@ def checked_prompt(
 
 
 def checked_policy(policy: Any, name: str = "policy") -> Policy:
-    """A policy; None means the full cache.
+    """The policy, if it is one.
 
     Raises:
         BadInput: something else.

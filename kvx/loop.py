@@ -153,7 +153,7 @@ def decode(
         part = store.read(query)
         wanted = here.observe(prefill=False)
         rows = store.probabilities(query, part.lse) if wanted.rows else None
-        evidence = Evidence(seen=cache.next + active, rows=rows, query=query)
+        evidence = Evidence(seen=cache.next + active, rows=rows)
         after = here.step(Layer(store, cache.states[index]), evidence, context)
         after = place_cache(placement, after, len(token), block.spec.kv_heads)
         storage = where.save(storage, after.store)

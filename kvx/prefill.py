@@ -89,7 +89,7 @@ def prefill(
         BadInput: anything about the arguments that cannot work, before anything is compiled.
     """
     alone = not isinstance(policy, tuple)
-    policies = tuple(checked_policy(each) for each in ((policy,) if isinstance(policy, Policy) or alone else policy))
+    policies = tuple(checked_policy(each) for each in (policy if isinstance(policy, tuple) else (policy,)))
     if compress not in ("end", "chunk"):
         raise BadInput(f"compress={compress!r} is not offered; allowed: 'end', 'chunk'")
     if cache is not None:
