@@ -30,8 +30,9 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# pyright cannot follow sub-packages that live outside kvx/, so it reads the package as a wheel installs it.
-types: $(VENV)/test
+# pyright cannot follow sub-packages that live outside kvx/, so it reads the package as a wheel installs it, beside
+# the peers that the benchmark imports.
+types: $(VENV)/peers
 	rm -rf build/types && $(PIP) --no-deps --target build/types .
 	$(BIN)/pyright --pythonpath $(BIN)/python build/types/kvx
 
