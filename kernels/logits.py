@@ -14,6 +14,15 @@ def visible(
     return seen if window is None else seen & (query_positions - key_positions < window)
 
 
+def same_segment(
+    queries: Int[Array, "B T"], keys: Int[Array, "B S"], visibility: Bool[Array, "N N"] | None
+) -> Bool[Array, "B T S"]:
+    """Which keys a query may see by their labels: its own, or what row (query label) of the table allows."""
+    if visibility is None:
+        return queries[:, :, None] == keys[:, None, :]
+    return visibility[queries[:, :, None], keys[:, None, :]]
+
+
 def scaled_logits(
     queries: Float[Array, "*#batch T D"], keys: Float[Array, "*#batch S D"], scale: float, softcap: float | None
 ) -> Float[Array, "*batch T S"]:

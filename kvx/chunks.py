@@ -1,5 +1,6 @@
 """Chunked prefill: what each layer holds between chunks, and the evidence that accumulates over them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from kvx.buckets import bucket
 from kvx.decoder import Block
 from kvx.evidence import Evidence, Requests
-from kvx.kernels.prefill_attention import combine_columns
 from kvx.loop import attend
 from kvx.policy import Context, Policy, Spec
 from kvx.tokens import Tokens, concatenate
@@ -35,11 +35,17 @@ class ChunkedPrompt:
         requests: Requests,
         rotated: bool,
         renumber: bool,
+        marks: Mapping[str, Int[Array, "B T"]],
     ) -> Float[Array, "B T E"]:
-        """One layer over the chunk that starts at `start`; returns the layer's output."""
+        """One layer over the chunk that starts at `start`; returns the layer's output.
+
+        Args:
+            marks: of the whole prompt, padded to whole chunks.
+        """
         index = start + jnp.arange(self.chunk, dtype=jnp.int32)
         positions = jnp.where(index < self.lengths[:, None], index, -1)
-        form = {"requests": requests, "rotated": rotated, "renumber": renumber}
+        form = {"requests": requests, "rotated": rotated, "renumber": renumber, "lengths": self.lengths}
+        form["marks"] = {name: mark[:, start : start + self.chunk] for name, mark in marks.items()}
         if layer not in self.held:
             x, tokens, evidence = attend(block, x, positions, **form)
             self.held[layer] = (tokens, evidence)
@@ -75,8 +81,8 @@ def _join(past: Tokens, before: Evidence, new: Tokens, evidence: Evidence) -> tu
         return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width)])
 
     columns = {
-        name: combine_columns(name, widen(before.columns[name]), unpad(column))
-        for name, column in evidence.columns.items()
+        column: column.combine(widen(before.columns[column]), unpad(found))
+        for column, found in evidence.columns.items()
     }
     rows = None
     if evidence.rows is not None and before.rows is not None:
@@ -84,7 +90,11 @@ def _join(past: Tokens, before: Evidence, new: Tokens, evidence: Evidence) -> tu
     peak = None
     if evidence.query_peak is not None and before.query_peak is not None:
         peak = jnp.maximum(before.query_peak, evidence.query_peak)
-    return concatenate(past, new), replace(evidence, columns=columns, rows=rows, query_peak=peak)
+    queries = None
+    if evidence.queries is not None and before.queries is not None:
+        queries = jnp.concatenate([before.queries, evidence.queries], axis=3)
+    evidence = replace(evidence, columns=columns, rows=rows, query_peak=peak, queries=queries)
+    return concatenate(past, new), evidence
 
 
 def _newest_rows(
@@ -112,6 +122,7 @@ def _cut(
     def spent(array):
         return jnp.zeros((*array.shape[:-1], capacity), array.dtype)
 
-    columns = {name: spent(column) for name, column in evidence.columns.items()}
+    columns = {column: spent(found) for column, found in evidence.columns.items()}
     rows = None if evidence.rows is None else spent(evidence.rows)
-    return tokens.select(mask, capacity), replace(evidence, columns=columns, rows=rows)
+    queries = None if evidence.queries is None else evidence.queries[:, :, :, :0]
+    return tokens.select(mask, capacity), replace(evidence, columns=columns, rows=rows, queries=queries)

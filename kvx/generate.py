@@ -90,7 +90,7 @@ def generate(
         stop: tokens that end a row.
         seed: one seed for all rows (equal prompts then draw equally), or one for each.
         cache: continue this cache with `tokens` as the next turn; it is donated.
-        prefilling: `prefill_chunk`, `compress`, `cache_dtype` of `kvx.prefill`.
+        prefilling: `labels`, `prefill_chunk`, `compress`, `cache_dtype` of `kvx.prefill`.
 
     Raises:
         BadInput: see `kvx.prefill`.

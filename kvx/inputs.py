@@ -59,6 +59,23 @@ def checked_prompt(
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
+def checked_labels(labels: Any, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """A label for every token as int32; zeros where none are given.
+
+    Raises:
+        BadInput: labels of another shape than the tokens, not integers, or negative.
+    """
+    if labels is None:
+        return jnp.zeros(tokens.shape, jnp.int32)
+    if not traced(labels):
+        labels = np.asarray(labels)
+    if labels.shape != tokens.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise BadInput(f"labels has shape {labels.shape} and dtype {labels.dtype}; allowed: integers {tokens.shape}")
+    if not traced(labels) and labels.min() < 0:
+        raise BadInput(f"labels holds {int(labels.min())}; allowed: integers of at least 0")
+    return jnp.asarray(labels, jnp.int32)
+
+
 def checked_policy(policy: Any, name: str = "policy") -> Policy:
     """The policy, if it is one.
 

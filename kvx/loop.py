@@ -1,5 +1,7 @@
 """The layer loop: project, attend, compress, finish. Everything between a model's pure functions happens here."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvx.cache import ENDLESS, KVCache
 from kvx.decoder import Block, Decoder
-from kvx.evidence import NOTHING, Evidence, Requests
+from kvx.evidence import GENERATED, NOTHING, Evidence, Requests
 from kvx.kernels.decode_attention import slot_logits
 from kvx.kernels.logits import softmax_rows
 from kvx.kernels.prefill_attention import prefill_attention
@@ -39,6 +41,9 @@ def attend(
     requests: Requests = NOTHING,
     rotated: bool = True,
     renumber: bool = False,
+    lengths: Int[Array, "B"] | None = None,
+    marks: Mapping[str, Int[Array, "B T"]] | None = None,
+    visibility: Bool[Array, "N N"] | None = None,
 ) -> tuple[Float[Array, "B T E"], Tokens, Evidence]:
     """One layer over a prompt or a chunk of one: exact attention over the past tokens and the new ones.
 
@@ -50,11 +55,16 @@ def attend(
         requests: the evidence to collect.
         rotated: the form of the keys in the returned tokens.
         renumber: rotate by place among the tokens at hand instead of by true position.
+        lengths: of the rows' whole prompts, for statistics of near queries.
+        marks: integers of the new tokens; those that were asked for travel in their statistics.
+        segments: labels of the new tokens, if not all see each other.
+        visibility: which label sees which; None: each its own.
 
     Returns:
         The layer's output, its new tokens, and the evidence over past and new tokens in that order.
     """
     query, new = project(block, x, positions)
+    new = marked(new, {name: mark for name, mark in (marks or {}).items() if name in requests.marks})
     everything = new.with_form(rotated) if past is None else concatenate(past, new.with_form(past.rotated))
     if renumber:
         places = jnp.where(everything.present, jnp.cumsum(everything.present, axis=-1) - 1, 0)
@@ -69,7 +79,9 @@ def attend(
         positions,
         everything.positions,
         columns=tuple(sorted(requests.columns)),
+        lengths=lengths,
         segments=None if segments is None else (segments, segments),
+        visibility=visibility,
         **query.masking,
     )
     rows = None
@@ -81,8 +93,14 @@ def attend(
         valid = (positions >= 0)[:, None, None, :, None]
         peak = jnp.max(jnp.where(valid, jnp.abs(query.rotated.astype(jnp.float32)), 0.0), axis=(2, 3))
     seen = jnp.max(everything.positions, axis=(1, 2)) + 1
-    evidence = Evidence(seen=seen, rows=rows, columns=columns, query_peak=peak)
+    evidence = Evidence(seen, rows, columns, peak, query.rotated if requests.queries else None)
     return block.finish(x, to_heads(out).astype(x.dtype)), new.with_form(rotated), evidence
+
+
+def marked(tokens: Tokens, marks: Mapping[str, Int[Array, "B T"]]) -> Tokens:
+    """The tokens with integers of the text among their statistics, the same for every KV head."""
+    spread = {name: jnp.broadcast_to(mark[:, None], tokens.positions.shape) for name, mark in marks.items()}
+    return replace(tokens, stats={**tokens.stats, **spread})
 
 
 def last_queries(
@@ -133,36 +151,60 @@ def last_logits(model: Decoder, x: Float[Array, "B T E"], index: Int[Array, "B"]
 def decode(
     model: Decoder, token: Int[Array, "B"], cache: KVCache, policy: Policy, active: Bool[Array, "B"]
 ) -> tuple[Float[Array, "B N"], KVCache]:
-    """One token for every row through all layers, unrolled: append, read, update.
+    """One token for every row through all layers; a row that is not `active` feeds none."""
+    logits, cache = decode_run(model, token[:, None], cache, policy, active[:, None])
+    return logits[:, 0], cache
+
+
+def decode_run(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    cache: KVCache,
+    policy: Policy,
+    active: Bool[Array, "B T"],
+    *,
+    provisional: bool = False,
+) -> tuple[Float[Array, "B T N"], KVCache]:
+    """A run of new tokens for every row through all layers, unrolled: append, read, update.
 
     Appending before reading lets XLA write into the donated cache in place; the other order copies it at every step.
-    A row that is not `active` feeds a token at position -1, which no store keeps.
+    A token that is not `active` is fed at position -1, which no store keeps.
+
+    Args:
+        tokens: one for every policy; several only where its stores append them together.
+        active: of a row's tokens, the active ones come first.
+        provisional: the tokens may be taken back (`KVCache.crop`): no policy acts, and the next position stays.
     """
     placement = placement_of(model)
-    token, active = place_rows(placement, (token, active))
-    x = model.embed(token[:, None])
-    positions = jnp.where(active, cache.next, -1)[:, None]
+    tokens, active = place_rows(placement, (tokens, active))
+    x = model.embed(tokens)
+    positions = jnp.where(active, cache.next[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32), -1)
+    seen = cache.next + jnp.sum(active, axis=1, dtype=jnp.int32)
+    marks = {"id": tokens, "label": jnp.full_like(tokens, GENERATED)}
     layers = len(model.blocks)
-    storage, states = cache.storage, []
+    storage, states, carry = cache.storage, [], None
     for index, (block, where) in enumerate(zip(model.blocks, cache.places, strict=True)):
         spec = Spec(block.spec, layers, prompt=0, shortest=0, room=0)
         context = Context(jnp.int32(index), cache.next, spec)
         here = policy.at(index, layers)
-        query, fresh = project(block, x, positions)
-        store = where.load(storage).append(here.stats(fresh, None, context))
-        part = store.read(query)
         wanted = here.observe(prefill=False)
-        rows = store.probabilities(query, part.lse) if wanted.rows else None
-        evidence = Evidence(seen=cache.next + active, rows=rows)
-        after = here.step(Layer(store, cache.states[index]), evidence, context)
-        after = place_cache(placement, after, len(token), block.spec.kv_heads)
-        storage = where.save(storage, after.store)
-        states.append(after.states)
+        query, fresh = project(block, x, positions)
+        fresh = here.stats(marked(fresh, {name: marks[name] for name in wanted.marks}), None, context)
+        layer = here.before(Layer(where.load(storage), cache.states[index]), query, context)
+        store = layer.store.append(fresh)
+        part, carry = here.read(store, query, carry, context)
+        layer = Layer(store, layer.states)
+        if not provisional:
+            rows = store.probabilities(query, part.lse) if wanted.rows else None
+            evidence = Evidence(seen, rows, queries=query.rotated if wanted.queries else None)
+            layer = here.step(layer, evidence, context)
+        layer = place_cache(placement, layer, len(tokens), block.spec.kv_heads)
+        storage = where.save(storage, layer.store)
+        states.append(layer.states)
         x = block.finish(x, to_heads(part.out).astype(x.dtype))
-    taken = jnp.where(cache.room == ENDLESS, 0, 1)
-    return model.unembed(x[:, 0]), KVCache(
-        storage, cache.places, tuple(states), cache.next + active, cache.room - taken
-    )
+    taken = jnp.where((cache.room == ENDLESS) | provisional, 0, tokens.shape[1])
+    after = cache.next if provisional else seen
+    return model.unembed(x), KVCache(storage, cache.places, tuple(states), after, cache.room - taken)
 
 
 def forward(

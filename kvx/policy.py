@@ -11,12 +11,15 @@ from operator import or_
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.decoder import AttentionSpec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
+from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree, static
+from kvx.query import Query
 from kvx.stores.base import Store
 from kvx.stores.dense import Dense
 from kvx.tokens import Tokens
@@ -53,7 +56,7 @@ class Context:
         lengths: length of each row's whole prompt, also while only a part of it has been seen.
         plan: this stage's and layer's share of a decision over all layers (`Stage.plan`); None if it decides by layer.
         storage: what earlier layers' stores put into the cache, for stores that share arrays.
-        evicting: static; some stage of the policy frees slots at every step.
+        evicting: static; some stage of the policy frees slots while decoding.
     """
 
     layer: Int[Array, ""]
@@ -83,22 +86,29 @@ class Stage:
     """One step of a policy. Every hook has a neutral default; a subclass overrides what it is about.
 
     Class attributes:
-        bounded: the cache never grows past the budget, however long the generation (it acts at every step).
+        bounded: the cache never grows past the budget, however long the generation (it acts while decoding).
+        overflow: if bounded, tokens beyond its budget that a head may hold before it acts, the fresh one included.
         rotated: False if its store keeps keys unrotated.
         renumber: positions are assigned by place in the cache instead of by place in the text.
-        decides: "layer" (inside the layer loop) or "end" (when the evidence of all layers is known).
+        decides: "layer" (inside the layer loop), "cascade" (inside it, and again whenever a later layer comes), or
+            "end" (when the evidence of all layers is known).
         stores: it answers `pack`, so that nothing can follow it in a chain.
         learns: it has arrays that `kvx.calibrate` fills.
-        append_only: its store cannot free slots for reuse, so that nothing that evicts at every step can precede it.
+        append_only: its store cannot free slots for reuse, so that nothing that evicts while decoding can precede it.
+        measures: how many slots it needs is known only when the layer's evidence is (`need`).
+        thins: tokens leave the residual stream after its layers (`thin`), so that no other policy can share the pass.
     """
 
     bounded: bool = False
+    overflow: int = 1
     rotated: bool = True
     renumber: bool = False
     decides: str = "layer"
     stores: bool = False
     learns: bool = False
     append_only: bool = False
+    measures: bool = False
+    thins: bool = False
 
     def at(self, layer: int, layers: int) -> "Stage | None":
         """This stage in one layer; None where it does not act."""
@@ -115,7 +125,11 @@ class Stage:
         """
         return None
 
-    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
+    def layout(self, labels: Int[Array, "B T"], lengths: Int[Array, "B"]) -> "Layout | None":
+        """Where the prompt's tokens stand and which see each other, by their labels; None: in order, all of them."""
+        return None
+
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Shaped[Array, "B G T"]]:
         """What to keep with each token, given the evidence so far (None: a token just decoded, not yet attended)."""
         return {}
 
@@ -126,6 +140,29 @@ class Stage:
     def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
         """For `decides = "end"`: each layer's share of the decision, from every layer's measure."""
         return [None] * len(measures)
+
+    def ascend(self, carry: Any, tokens: Tokens, evidence: Evidence, context: Context) -> Any:
+        """For `decides = "cascade"`: what the layers so far hold, once this layer's prompt is in (None: no layer yet).
+
+        One jitted body for all layers: the carry keeps its shapes from the second layer on.
+        """
+        return carry
+
+    def land(self, carry: Any, context: Context) -> tuple[Store, Any]:
+        """For `decides = "cascade"`: one layer's store and state, from what all layers hold."""
+        raise NotImplementedError
+
+    def need(self, tokens: Tokens, mask: Bool[Array, "B G T"], state: Any, context: Context) -> Int[Array, ""]:
+        """For `measures`: slots that hold what this stage kept, and what will come."""
+        raise NotImplementedError
+
+    def remaining(self, spec: Spec, layer: int) -> int | None:
+        """For `thins`: the most tokens of a row that go on to the next layer; None: all that came."""
+        return None
+
+    def thin(self, tokens: Tokens, evidence: Evidence, context: Context) -> Bool[Array, "B T"]:
+        """For `thins`: which tokens go on to the next layer (those of a row's own, in any layer of `remaining`)."""
+        raise NotImplementedError
 
     def keep(
         self, tokens: Tokens, mask: Bool[Array, "B G T"], evidence: Evidence, context: Context
@@ -139,6 +176,21 @@ class Stage:
         """The store that holds what is kept; None: no opinion."""
         return None
 
+    def before(self, store: Any, state: Any, query: Query, context: Context) -> tuple[Any, Any]:
+        """Before a fresh token is appended: free a slot for it by its query."""
+        return store, state
+
+    def read(self, store: Any, query: Query, carry: Any, context: Context) -> tuple[Partial, Any] | None:
+        """Attention of a decode step, and what this layer hands up to the next ones of the same step.
+
+        Args:
+            carry: what the layers below handed up; None in the first.
+
+        Returns:
+            None: no opinion, the store reads as it does.
+        """
+        return None
+
     def step(self, store: Any, state: Any, evidence: Evidence, context: Context) -> tuple[Any, Any]:
         """After a decode step has attended: update statistics, choose and free the next victim."""
         return store, state
@@ -150,6 +202,21 @@ class Stage:
     def calibrate(self, digests: list[Any]) -> "Stage":
         """With its learned arrays filled from every layer's digest (`kvx.calibrate`)."""
         return self
+
+
+@pytree
+class Layout:
+    """Where the tokens of a prompt stand.
+
+    Attributes:
+        positions: true positions, -1 for padding; tokens that do not see each other may share them.
+        segments: labels by which `visibility` tells.
+        visibility: entry (a, b): whether a token of label a sees one of label b.
+    """
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    visibility: Bool[Array, "N N"]
 
 
 @pytree
@@ -194,8 +261,19 @@ class Policy:
 
     @property
     def decides(self) -> str:
-        """ "end" if any stage needs the evidence of all layers, else "layer"."""
-        return "end" if any(stage.decides == "end" for stage in self.stages) else "layer"
+        """The latest of its stages' times: "layer", "cascade" or "end"."""
+        times = ("layer", "cascade", "end")
+        return max((stage.decides for stage in self.stages), key=times.index, default="layer")
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other policy can share its pass over the prompt: it changes what later layers compute."""
+        return any(stage.thins or _overrides(stage, "layout") for stage in self.stages)
+
+    @property
+    def measures(self) -> bool:
+        """Whether only the data decide how many slots a layer needs."""
+        return any(stage.measures for stage in self.stages)
 
     @property
     def nbytes(self) -> int:
@@ -214,7 +292,7 @@ class Policy:
     def slots(self, spec: Spec, layer: int) -> int:
         """Static slots per head of the finished cache: what is kept, and room for what comes.
 
-        A stage that acts at every step needs one slot beyond its budget, since a fresh token is seen before anything
+        A stage that acts while decoding needs slots beyond its budget, since a fresh token is seen before anything
         leaves; other policies keep every generated token.
         """
         return round_up(min([self.capacity(spec, layer) + spec.room, *self._bounds(spec, layer)]))
@@ -225,9 +303,9 @@ class Policy:
         return bool(bounds) and min(bounds) <= self.slots(spec, layer)
 
     def _bounds(self, spec: Spec, layer: int) -> list[int]:
-        """The most tokens, a fresh one included, that each stage which acts at every step lets a head hold."""
-        limits = [stage.capacity(spec, layer) for stage in self.stages if stage.bounded]
-        return [limit + 1 for limit in limits if limit is not None]
+        """The most tokens, a fresh one included, that each stage which acts while decoding lets a head hold."""
+        limits = [(stage.capacity(spec, layer), stage.overflow) for stage in self.stages if stage.bounded]
+        return [limit + overflow for limit, overflow in limits if limit is not None]
 
     def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> Tokens:
         """The tokens with every stage's statistics."""
@@ -250,20 +328,66 @@ class Policy:
     def prefill(self, tokens: Tokens, evidence: Evidence, context: Context, slots: int) -> Layer:
         """One layer's cache from its prompt."""
         tokens, mask, states = self.select(tokens, evidence, context)
+        return Layer(self.pack(tokens, mask, evidence, context, slots), states)
+
+    def pack(
+        self, tokens: Tokens, mask: Bool[Array, "B G T"], evidence: Evidence, context: Context, slots: int
+    ) -> Store:
+        """The store of what was selected."""
         # Only statistics that a decode step will go on with travel into the store.
-        lasting = {name for stage in self.stages for name in stage.stats(tokens, None, context)}
-        tokens = replace(tokens, stats={name: tokens.stats[name] for name in sorted(lasting)})
+        tokens = tokens.with_only({name for stage in self.stages for name in stage.stats(tokens, None, context)})
         packed = [
             stage.pack(tokens, mask, slots, evidence, here)
             for stage, here in zip(self.stages, self._contexts(context), strict=True)
         ]
         answers = [store for store in packed if store is not None]
-        return Layer(answers[-1] if answers else Dense.pack(tokens.with_form(self.rotated), mask, slots), states)
+        return answers[-1] if answers else Dense.pack(tokens.with_form(self.rotated), mask, slots)
+
+    def need(self, tokens: Tokens, evidence: Evidence, context: Context) -> Int[Array, ""]:
+        """Slots that a stage which `measures` asks for."""
+        tokens, mask, states = self.select(tokens, evidence, context)
+        asked = [
+            stage.need(tokens, mask, state, context)
+            for stage, state in zip(self.stages, states, strict=True)
+            if stage.measures
+        ]
+        return reduce(jnp.maximum, asked)
 
     def _contexts(self, context: Context) -> list[Context]:
         """Each stage's own share of what was planned over all layers."""
         plans = context.plan or (None,) * len(self.stages)
         return [replace(context, plan=plan, evicting=self.bounded) for plan in plans]
+
+    def before(self, layer: Layer, query: Query, context: Context) -> Layer:
+        """One layer's cache with a slot freed for the fresh token, where a stage does so before attention."""
+        store, states = layer.store, []
+        for stage, state in zip(self.stages, layer.states, strict=True):
+            store, state = stage.before(store, state, query, context)
+            states.append(state)
+        return Layer(store, tuple(states))
+
+    def read(self, store: Any, query: Query, carry: Any, context: Context) -> tuple[Partial, Any]:
+        """Attention of a decode step, by the last stage that has its own way to read, and what goes up the layers."""
+        for stage in reversed(self.stages):
+            answer = stage.read(store, query, carry, context)
+            if answer is not None:
+                return answer
+        return store.read(query), carry
+
+    def layout(self, labels: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Layout | None:
+        """Where the prompt's tokens stand, by the first stage that has an opinion."""
+        layouts = (stage.layout(labels, lengths) for stage in self.stages)
+        return next((layout for layout in layouts if layout is not None), None)
+
+    def remaining(self, spec: Spec, layer: int) -> int | None:
+        """The most tokens of a row that go on to the next layer; None: all."""
+        limits = [stage.remaining(spec, layer) for stage in self.stages]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def thin(self, tokens: Tokens, evidence: Evidence, context: Context) -> Bool[Array, "B T"]:
+        """Which tokens go on to the next layer."""
+        thinning = [stage.thin(tokens, evidence, context) for stage in self.stages if stage.thins]
+        return reduce(jnp.logical_and, thinning)
 
     def step(self, layer: Layer, evidence: Evidence, context: Context) -> Layer:
         """One layer's cache after a decode step has attended."""
@@ -295,6 +419,10 @@ def chain(*policies: Policy) -> Policy:
                 "first, then at most one policy that stores"
             )
     return Policy(stages, "+".join(policy.text for policy in policies))
+
+
+def _overrides(stage: Stage, hook: str) -> bool:
+    return getattr(type(stage), hook) is not getattr(Stage, hook)
 
 
 def round_up(count: int, multiple: int = LANE) -> int:

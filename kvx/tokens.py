@@ -1,11 +1,11 @@
 """Tokens: keys, values and true positions of any number of tokens per KV head, with statistics that travel along."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.pytree import pytree, static
 from kvx.rotary import Rotary
@@ -19,7 +19,7 @@ class Tokens:
         keys: rotated at their true positions if `rotated`, else as the model projected them.
         values: values.
         positions: true positions; -1 marks "no token" (padding, an empty slot, a row that has ended).
-        stats: float32 arrays that a policy keeps with each token, by name.
+        stats: numbers that a policy keeps with each token, by name (float32 or integers).
         rotary: this layer's rotation.
         rotated: static; which form `keys` is in.
     """
@@ -28,7 +28,7 @@ class Tokens:
     values: Float[Array, "B G T V"]
     positions: Int[Array, "B G T"]
     rotary: Rotary
-    stats: Mapping[str, Float[Array, "B G T"]] = field(default_factory=dict)
+    stats: Mapping[str, Shaped[Array, "B G T"]] = field(default_factory=dict)
     rotated: bool = static(True)
 
     @property
@@ -69,6 +69,20 @@ class Tokens:
         )
         return self.take(source, jnp.arange(capacity) < jnp.sum(mask, axis=-1, keepdims=True))
 
+    def heads(self, index: Int[Array, "H"]) -> "Tokens":
+        """The tokens of these KV heads."""
+        return replace(
+            self,
+            keys=self.keys[:, index],
+            values=self.values[:, index],
+            positions=self.positions[:, index],
+            stats={name: stat[:, index] for name, stat in self.stats.items()},
+        )
+
+    def with_only(self, names: Iterable[str]) -> "Tokens":
+        """The same tokens with these statistics and no others; what is not there is left out."""
+        return replace(self, stats={name: self.stats[name] for name in sorted(names) if name in self.stats})
+
     def pad(self, capacity: int) -> "Tokens":
         """The same tokens followed by "no token" up to `capacity` entries."""
         missing = capacity - self.positions.shape[-1]
@@ -99,8 +113,9 @@ def concatenate(first: Tokens, second: Tokens) -> Tokens:
     second = second.with_form(first.rotated)
     names = {*first.stats, *second.stats}
 
-    def stat(tokens: Tokens, name: str) -> Float[Array, "B G T"]:
-        return tokens.stats.get(name, jnp.zeros(tokens.positions.shape, jnp.float32))
+    def stat(tokens: Tokens, name: str) -> Shaped[Array, "B G T"]:
+        kind = (first.stats.get(name, second.stats.get(name))).dtype  # type: ignore[union-attr]
+        return tokens.stats.get(name, jnp.zeros(tokens.positions.shape, kind))
 
     return replace(
         first,

@@ -1,9 +1,9 @@
 """Causal attention over a prompt that also reports what it saw: log-sum-exp and column statistics, never S x S."""
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvx.kernels.prefill_attention import reference, xla
+from kvx.kernels.prefill_attention.columns import Column
 
 IMPLEMENTATIONS = {"reference": reference.prefill_attention, "xla": xla.prefill_attention}
 
@@ -18,10 +18,12 @@ def prefill_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    columns: tuple[str, ...] = (),
+    columns: tuple[Column, ...] = (),
+    lengths: Int[Array, "B"] | None = None,
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    visibility: Bool[Array, "N N"] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B G R T V"], Float[Array, "B G R T"], dict[str, Float[Array, "B G R S"]]]:
+) -> tuple[Float[Array, "B G R T V"], Float[Array, "B G R T"], dict[Column, Float[Array, "B G R S"]]]:
     """Attention of T new queries over S >= T keys: S - T past ones in any order, then the T new ones in order.
 
     Args:
@@ -30,9 +32,11 @@ def prefill_attention(
         query_positions: true positions; -1 marks padding, which sees nothing and counts nowhere.
         key_positions: true positions per KV head; -1 marks an empty slot or padding.
         scale, window, softcap: as in `kvx.decoder.AttentionSpec`.
-        columns: statistics over the queries of the probability that a key received: "sum" (column mass), "square"
-            (sum of squares), "max".
-        segments: labels of queries and keys; a query sees only keys of its own label (packed documents).
+        columns: statistics over the queries of the probability that a key received.
+        lengths: tokens of each row, for statistics of near queries.
+        segments: labels of queries and keys.
+        visibility: entry (a, b): whether queries of label a see keys of label b; None: only their own label (packed
+            documents).
         implementation: "reference", "xla", or None, which picks by platform.
 
     Returns:
@@ -49,10 +53,7 @@ def prefill_attention(
         window=window,
         softcap=softcap,
         columns=columns,
+        lengths=lengths,
         segments=segments,
+        visibility=visibility,
     )
-
-
-def combine_columns(name: str, first: Float[Array, "*shape"], second: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """A column statistic over two disjoint sets of queries."""
-    return jnp.maximum(first, second) if name == "max" else first + second

@@ -1,9 +1,10 @@
 """Prefill attention, plainly: the whole S x S softmax in float32, and every statistic read off it."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kvx.kernels.logits import scaled_logits, softmax_rows, visible
+from kvx.kernels.logits import same_segment, scaled_logits, softmax_rows, visible
+from kvx.kernels.prefill_attention.columns import Column, near_width
 
 
 def prefill_attention(
@@ -16,23 +17,33 @@ def prefill_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    columns: tuple[str, ...] = (),
+    columns: tuple[Column, ...] = (),
+    lengths: Int[Array, "B"] | None = None,
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
-) -> tuple[Float[Array, "B G R T V"], Float[Array, "B G R T"], dict[str, Float[Array, "B G R S"]]]:
+    visibility: Bool[Array, "N N"] | None = None,
+) -> tuple[Float[Array, "B G R T V"], Float[Array, "B G R T"], dict[Column, Float[Array, "B G R S"]]]:
     """See `kvx.kernels.prefill_attention.prefill_attention`."""
     wide = [array.astype(jnp.float32) for array in (queries, keys, values)]
     logits = scaled_logits(wide[0], wide[1][:, :, None], scale, softcap)
     seen = visible(query_positions[:, None, None, :, None], key_positions[:, :, None, None, :], window)
     if segments is not None:
-        seen &= (segments[0][:, :, None] == segments[1][:, None, :])[:, None, None]
+        seen &= same_segment(*segments, visibility)[:, None, None]
     probabilities, lse = softmax_rows(jnp.where(seen, logits, -jnp.inf))
-    reduced = {name: COLUMNS[name](probabilities) for name in columns}
+    distance = query_positions[:, None, None, :, None] - key_positions[:, :, None, None, :]
+    reduced = {column: _statistic(column, probabilities, distance, lengths) for column in columns}
     return jnp.einsum("bgrts,bgsv->bgrtv", probabilities, wide[2]), lse, reduced
 
 
-COLUMNS = {
-    "sum": lambda p: jnp.sum(p, axis=-2),
-    "square": lambda p: jnp.sum(p * p, axis=-2),
-    "max": lambda p: jnp.max(p, axis=-2),
-}
-"""Reductions over queries of the probabilities (..., T, S) that a key received."""
+def _statistic(
+    column: Column,
+    p: Float[Array, "B G R T S"],
+    distance: Int[Array, "B G 1 T S"],
+    lengths: Int[Array, "B"] | None,
+) -> Float[Array, "B G R S"]:
+    """One column statistic, in the order of its definition."""
+    if lengths is not None:
+        p = jnp.where(distance < near_width(lengths, column.near)[:, None, None, None, None], p, 0.0)
+    if column.pooled:
+        p = jnp.broadcast_to(jnp.mean(p, axis=2, keepdims=True), p.shape)
+    mapped = p**column.power
+    return jnp.max(mapped, axis=-2) if column.reduce == "max" else jnp.sum(mapped, axis=-2)

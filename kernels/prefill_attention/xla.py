@@ -9,9 +9,10 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kvx.kernels.logits import scaled_logits, visible
+from kvx.kernels.logits import same_segment, scaled_logits, visible
+from kvx.kernels.prefill_attention.columns import Column
 
 BLOCK = 128
 GROUPS = 8
@@ -29,9 +30,11 @@ def prefill_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    columns: tuple[str, ...] = (),
+    columns: tuple[Column, ...] = (),
+    lengths: Int[Array, "B"] | None = None,
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
-) -> tuple[Float[Array, "B G R T V"], Float[Array, "B G R T"], dict[str, Float[Array, "B G R S"]]]:
+    visibility: Bool[Array, "N N"] | None = None,
+) -> tuple[Float[Array, "B G R T V"], Float[Array, "B G R T"], dict[Column, Float[Array, "B G R S"]]]:
     """See `kvx.kernels.prefill_attention.prefill_attention`."""
     batch, kv_heads, group, length, _ = queries.shape
     total = keys.shape[2]
@@ -50,7 +53,8 @@ def prefill_attention(
         None if query_segments is None else jnp.moveaxis(query_segments.reshape(batch, blocks, block), 1, 0)
     )
 
-    sums = {name: jnp.zeros((batch, kv_heads, group, total), jnp.float32) for name in columns}
+    # Zero is neutral for sums and, since probabilities are not negative, for maxima.
+    found = {column: jnp.zeros((batch, kv_heads, group, total), jnp.float32) for column in columns}
     outs, lses = [], []
     for first, last in _causal_groups(blocks):
         reach = min(past + last * block, total)
@@ -65,36 +69,31 @@ def prefill_attention(
             logits = _grouped_logits(block_queries, keys, scale, softcap)
             seen = visible(positions[:, None, None, :, None], spots[:, :, None, None, :], window)
             if segments is not None:
-                seen &= (labels[:, :, None] == segments[1][:, None, : spots.shape[-1]])[:, None, None]
+                seen &= same_segment(labels, segments[1][:, : spots.shape[-1]], visibility)[:, None, None]
             weights, total, lse = _unnormalised(jnp.where(seen, logits, -jnp.inf))
             # Dividing the output and not the weights saves a pass over the block: 40 ms against 56 at 9 x 2048.
             return weights, total, _grouped_mix(weights, values) / total[..., None], lse
 
-        def step(carry, item, attend=attend, reach=reach):
+        def step(carry, item, attend=attend, spots=group_positions):
             weights, total, out, lse = attend(*item)
-            carry = {name: _REDUCE[name](column, weights, total) for name, column in carry.items()}
+            distance = item[1][:, None, :, None] - spots[:, :, None, :]
+            carry = {
+                column: column.combine(so_far, column.of(weights, total, distance, lengths))
+                for column, so_far in carry.items()
+            }
             return carry, (out, lse)
 
-        start = {name: column[..., :reach] for name, column in sums.items()}
+        start = {column: so_far[..., :reach] for column, so_far in found.items()}
         items = (stacked_queries[first:last], stacked_positions[first:last])
         items += (None,) if stacked_segments is None else (stacked_segments[first:last],)
         reduced, (out, lse) = jax.lax.scan(step, start, items)
-        sums = {name: column.at[..., :reach].set(reduced[name]) for name, column in sums.items()}
+        found = {column: so_far.at[..., :reach].set(reduced[column]) for column, so_far in found.items()}
         outs.append(out)
         lses.append(lse)
 
     out = jnp.moveaxis(jnp.concatenate(outs), 0, 3).reshape(batch, kv_heads, group, length + padding, -1)
     lse = jnp.moveaxis(jnp.concatenate(lses), 0, 3).reshape(batch, kv_heads, group, length + padding)
-    return out[:, :, :, :length], lse[:, :, :, :length], sums
-
-
-_REDUCE = {
-    # The mass as a matrix-vector product: it reads the weights once and writes no normalised copy.
-    "sum": lambda column, w, total: column + jnp.einsum("bgrt,bgrts->bgrs", 1 / total, w),
-    "square": lambda column, w, total: column + jnp.einsum("bgrt,bgrts->bgrs", 1 / total**2, w * w),
-    "max": lambda column, w, total: jnp.maximum(column, jnp.max(w / total[..., None], axis=-2)),
-}
-"""Column statistics after one more block, from unnormalised weights (..., T, S) and their sums (..., T)."""
+    return out[:, :, :, :length], lse[:, :, :, :length], found
 
 
 def _unnormalised(

@@ -44,10 +44,14 @@ class Budget(Protocol):
         """Slots per row and head. `scores` are +inf on protected tokens."""
         ...
 
-    def recent(self, amount: Amount | None, sinks: int, context: Context) -> Int[Array, "B"]:
+    def recent(self, amount: Amount | None, sinks: Int[Array, "B"], context: Context) -> Int[Array, "B"]:
         """How many of the newest tokens this layer protects, beside `sinks` first ones."""
         lengths = context.lengths
         return jnp.zeros_like(lengths) if amount is None else amount.of(lengths, context.spec.prompt)
+
+    def grown(self, counts: Int[Array, "B G"], evidence: Evidence) -> Int[Array, "B G"]:
+        """The counts once more, at a decode step: a budget may grow with the text."""
+        return counts
 
     def at_least(self, counts: Int[Array, "B G"], protected: Int[Array, "B G"]) -> Int[Array, "B G"]:
         """Counts once more: with a share of a short prompt the protected tokens may outnumber the budget, and win."""

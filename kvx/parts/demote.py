@@ -1,16 +1,17 @@
-"""The stage that keeps everything: what another stage would evict goes to low bits instead (grid 1, losers)."""
+"""The stage that evicts nothing for good: what another stage would drop goes to a second tier (grid 1, losers)."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.evidence import Evidence, Requests
 from kvx.parts.balance import balance
 from kvx.parts.evict import Evict
 from kvx.policy import Activations, Context, Spec, Stage, round_up
 from kvx.pytree import pytree, static
+from kvx.stores.base import Store
 from kvx.stores.coded import Code, Coded
 from kvx.stores.dense import Dense
 from kvx.stores.tiers import Tiers
@@ -20,24 +21,85 @@ HIGH = "high"
 """The statistic that carries the choice of tier from `keep` to `pack`."""
 
 
-@pytree
-class Demote(Stage):
-    """Two tiers a head: the tokens that `host` keeps at full precision, the others in low bits.
+class Lower(Protocol):
+    """How the second tier holds tokens; its store's `append` takes what leaves the first.
 
-    An eviction stage serves as it is: it chooses and evicts on the first tier alone, and what leaves there arrives in
-    the second. Tokens in low bits are never promoted, since their precision is gone; so nobody tracks their scores.
+    Class attributes:
+        constant: the tier never grows, so that the whole cache is bounded if the first tier is.
+    """
+
+    constant: ClassVar[bool] = False
+
+    def observe(self, prefill: bool) -> Requests:
+        """Evidence that `pack` reads."""
+        return Requests()
+
+    def check(self, spec: Spec) -> None:
+        """Refuse a model it cannot serve (BadInput)."""
+
+    def pack(
+        self, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, evidence: Evidence, context: Context
+    ) -> Store:
+        """The tier after a prompt: the rotated tokens in `mask`, and room for `capacity` in all."""
+        ...
+
+
+@pytree
+class LowBits(Lower):
+    """Every token in a few bits (MiKV).
 
     Attributes:
-        host: the selection; its budget is the first tier's.
-        code: how the second tier writes keys and values.
+        code: how keys and values are written.
         balanced: balance key channels against the prompt's queries before coding.
     """
 
-    host: Evict
     code: Code = static()
     balanced: bool = static(True)
+
+    def observe(self, prefill: bool) -> Requests:
+        return Requests(query=prefill and self.balanced)
+
+    def check(self, spec: Spec) -> None:
+        self.code.check(spec.attention.key_dim, "keys")
+        self.code.check(spec.attention.value_dim, "values")
+
+    def pack(
+        self, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, evidence: Evidence, context: Context
+    ) -> Coded:
+        factors = self._factors(tokens, evidence) if self.balanced else None
+        return Coded.pack(tokens, mask, capacity, code=self.code, balance=factors)
+
+    def _factors(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G D"]:
+        """The balance by the whole prompt, frozen here."""
+        assert evidence.query_peak is not None, "observe() asked for it"
+        sizes = jnp.abs(tokens.keys.astype(jnp.float32))
+        return balance(evidence.query_peak, jnp.max(jnp.where(tokens.present[..., None], sizes, 0.0), axis=2))
+
+
+@pytree
+class Demote(Stage):
+    """Two tiers a head: the tokens that `host` keeps as they are, the others as `lower` holds them.
+
+    An eviction stage serves as it is: it chooses and evicts on the first tier alone, and what leaves there arrives in
+    the second. Nothing is ever promoted, since what a token was is gone; so nobody tracks scores in the second tier.
+
+    Attributes:
+        host: the selection; its budget is the first tier's.
+        lower: the second tier.
+    """
+
+    host: Evict
+    lower: Any
     stores = True
     append_only = True
+
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        return self.host.bounded and self.lower.constant
+
+    @property
+    def overflow(self) -> int:  # type: ignore[override]
+        return 2
 
     def at(self, layer: int, layers: int) -> "Demote | None":
         host = self.host.at(layer, layers)
@@ -54,7 +116,7 @@ class Demote(Stage):
         return self.host.plan(measures, spec, lengths)
 
     def observe(self, prefill: bool) -> Requests:
-        return self.host.observe(prefill) | Requests(query=prefill and self.balanced)
+        return self.host.observe(prefill) | self.lower.observe(prefill)
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
@@ -66,12 +128,12 @@ class Demote(Stage):
     def calibrate(self, digests: list[Any]) -> "Demote":
         return replace(self, host=self.host.calibrate(digests))
 
-    def capacity(self, spec: Spec, layer: int) -> None:
-        self.host.capacity(spec, layer)
-        self.code.check(spec.attention.key_dim, "keys")
-        self.code.check(spec.attention.value_dim, "values")
+    def capacity(self, spec: Spec, layer: int) -> int | None:
+        self.lower.check(spec)
+        limit = self.host.capacity(spec, layer)
+        return limit if self.lower.constant else None
 
-    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Shaped[Array, "B G T"]]:
         unknown = jnp.zeros(tokens.positions.shape, jnp.float32)
         return {**self.host.stats(tokens, evidence, context), HIGH: unknown}
 
@@ -88,9 +150,8 @@ class Demote(Stage):
         stats = dict(tokens.stats)
         high = stats.pop(HIGH) > 0
         first = Dense.pack(replace(tokens, stats=stats), mask & high, min(self._slots(context.spec), capacity))
-        factors = self._factors(tokens, evidence) if self.balanced else None
         rest = replace(tokens, stats={})
-        return Tiers.moving(first, Coded.pack(rest, mask & ~high, capacity, code=self.code, balance=factors))
+        return Tiers.moving(first, self.lower.pack(rest, mask & ~high, capacity, evidence, context))
 
     def step(self, store: Tiers, state: Any, evidence: Evidence, context: Context) -> tuple[Any, Any]:
         first = store.tiers[0]
@@ -106,9 +167,3 @@ class Demote(Stage):
         """
         most = max(self.host.capacity(spec, layer) for layer in range(spec.layers))
         return round_up(most + 2 if self.host.bounded else most + spec.room)
-
-    def _factors(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G D"]:
-        """The balance by the whole prompt, frozen here."""
-        assert evidence.query_peak is not None, "observe() asked for it"
-        sizes = jnp.abs(tokens.keys.astype(jnp.float32))
-        return balance(evidence.query_peak, jnp.max(jnp.where(tokens.present[..., None], sizes, 0.0), axis=2))

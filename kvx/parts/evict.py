@@ -1,13 +1,15 @@
 """The selection stage: score x budget x losers x schedule, the whole of grid 1 in one place."""
 
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.evidence import Evidence, Requests
-from kvx.parts.amounts import Amount
+from kvx.parts.amounts import Amount, Slots
 from kvx.parts.losers import Drop
 from kvx.parts.ranking import top
 from kvx.policy import Activations, Context, Spec, Stage
@@ -23,26 +25,39 @@ class Evict(Stage):
         score: what a token is worth (`kvx.parts.scores`).
         budget: how many tokens each layer and head keeps (`kvx.parts.budgets`).
         losers: what happens to the others (`kvx.parts.losers`).
-        sinks: the first tokens of the text, protected.
+        sinks: the first tokens of the text, protected; `Share(1.0)` protects the whole prompt.
         recent: the last tokens, protected; None: none.
+        first: a score that fills a share of the budget before `score` decides the rest; None: `score` decides alone.
+        share: of the budget, for `first`.
         across: "head": every KV head ranks for itself; "layer": one ranking, the mean over heads.
-        every_step: act after the prompt and after every decode step (the budget is the total), instead of once after
-            the prompt (generated tokens come on top).
+        every: 0: act once, after the prompt (generated tokens come on top). n: also while decoding, whenever a head
+            holds n tokens too many, which then leave at once (the budget is the total).
         skip: layers left alone; negative ones count from the top.
     """
 
     score: Any
     budget: Any
     losers: Any = Drop()
-    sinks: int = static(0)
+    sinks: Amount = static(Slots(0))
     recent: Amount | None = static(None)
+    first: Any = None
+    share: float = static(0.0)
     across: str = static("head")
-    every_step: bool = static(False)
+    every: int = static(0)
     skip: tuple[int, ...] = static(())
 
     @property
     def bounded(self) -> bool:  # type: ignore[override]
-        return self.every_step
+        return self.every > 0
+
+    @property
+    def overflow(self) -> int:  # type: ignore[override]
+        return self.every
+
+    @property
+    def scores(self) -> tuple[Any, ...]:
+        """Every score it reads; one whose statistics serve another comes first."""
+        return (self.score,) if self.first is None else (self.score, self.first)
 
     def at(self, layer: int, layers: int) -> "Evict | None":
         return None if layer in {index % layers for index in self.skip} else self
@@ -58,9 +73,10 @@ class Evict(Stage):
         return self.budget.allocate(measures, spec, lengths)
 
     def observe(self, prefill: bool) -> Requests:
+        wanted = reduce(or_, (score.observe(prefill) for score in self.scores)) | self.losers.observe(prefill)
         if prefill:
-            return self.score.observe(prefill) | self.budget.observe()
-        return self.score.observe(prefill) if self.every_step else Requests()
+            return wanted | self.budget.observe()
+        return wanted if self.every else Requests()
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
@@ -74,47 +90,73 @@ class Evict(Stage):
 
     def capacity(self, spec: Spec, layer: int) -> int:
         self.score.check(spec)
-        protected = self.sinks + (self.recent.most(spec.prompt) if self.recent else 0)
+        protected = self.sinks.most(spec.prompt) + (self.recent.most(spec.prompt) if self.recent else 0)
         return max(self.budget.capacity(spec, layer), protected)
 
-    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
-        if evidence is None and not self.every_step:
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Shaped[Array, "B G T"]]:
+        if evidence is None and not self.every:
             return {}
-        return self.score.stats(tokens, evidence, context)
+        return {
+            name: stat
+            for part in (*self.scores, self.losers)
+            for name, stat in part.stats(tokens, evidence, context).items()
+        }
 
     def keep(
         self, tokens: Tokens, mask: Bool[Array, "B G T"], evidence: Evidence, context: Context
     ) -> tuple[Tokens, Bool[Array, "B G T"], Any]:
-        recent = self.budget.recent(self.recent, self.sinks, context)
-        protected = self.protected(tokens, evidence, recent)
-        scores = jnp.where(protected, jnp.inf, self.rank(tokens, evidence))
+        sinks = self.sinks.of(context.lengths, context.spec.prompt)
+        recent = self.budget.recent(self.recent, sinks, context)
+        scores = self._ranked(tokens, evidence, sinks, recent)
+        protected = jnp.isposinf(scores)
         counts = self.budget.counts(jnp.where(mask, scores, -jnp.inf), mask, context)
         counts = self.budget.at_least(counts, jnp.sum(protected & mask, axis=-1))
-        kept = top(scores, mask, counts)
-        tokens, carried = self.losers.settle(tokens, kept, mask & ~kept, evidence)
-        return tokens, kept, (counts, recent, carried)
+        kept = top(self._filled(scores, tokens, mask, evidence, counts), mask, counts)
+        tokens, carried = self.losers.settle(tokens, kept, mask & ~kept, evidence, context)
+        return tokens, kept, (counts, sinks, recent, carried)
 
     def step(self, store: Any, state: Any, evidence: Evidence, context: Context) -> tuple[Any, Any]:
-        if not self.every_step:
+        if not self.every:
             return store, state
-        counts, recent, carried = state
-        store = store.with_stats(self.score.update(store.stats, evidence))
+        counts, sinks, recent, carried = state
+        before = store.stats
+        changed = [part.update(before, evidence) for part in (*self.scores, self.losers)]
+        store = store.with_stats({**before, **{name: stat for stats in changed for name, stat in stats.items()}})
         tokens = store.tokens()
-        scores = jnp.where(self.protected(tokens, evidence, recent), jnp.inf, self.rank(tokens, evidence))
+        counts = self.budget.grown(counts, evidence)
+        scores = self._ranked(tokens, evidence, sinks, recent)
+        scores = self._filled(scores, tokens, tokens.present, evidence, counts)
         excess = jnp.sum(tokens.present, axis=-1) - counts
-        store, carried = self.losers.step(store, carried, scores, excess)
-        return store, (counts, recent, carried)
+        excess = jnp.where(excess >= self.every, excess, 0)
+        store, carried = self.losers.step(store, carried, scores, excess, self.every, context)
+        return store, (counts, sinks, recent, carried)
 
     def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
         """The score, or its mean over the layer's heads."""
         scores = self.score.rank(tokens, evidence)
-        return (
-            jnp.broadcast_to(jnp.mean(scores, axis=1, keepdims=True), scores.shape)
-            if self.across == "layer"
-            else scores
-        )
+        if self.across == "head":
+            return scores
+        return jnp.broadcast_to(jnp.mean(scores, axis=1, keepdims=True), scores.shape)
 
-    def protected(self, tokens: Tokens, evidence: Evidence, recent: Any) -> Bool[Array, "B G T"]:
-        """Sinks and the most recent tokens, by true position."""
-        start = (evidence.seen - recent)[:, None, None]
-        return tokens.present & ((tokens.positions < self.sinks) | (tokens.positions >= start))
+    def _ranked(
+        self, tokens: Tokens, evidence: Evidence, sinks: Int[Array, "B"], recent: Int[Array, "B"]
+    ) -> Float[Array, "B G T"]:
+        """The score; +inf for sinks and the most recent tokens, by true position."""
+        last = (evidence.seen - recent)[:, None, None]
+        protected = tokens.present & ((tokens.positions < sinks[:, None, None]) | (tokens.positions >= last))
+        return jnp.where(protected, jnp.inf, self.rank(tokens, evidence))
+
+    def _filled(
+        self,
+        scores: Float[Array, "B G T"],
+        tokens: Tokens,
+        mask: Bool[Array, "B G T"],
+        evidence: Evidence,
+        counts: Int[Array, "B G"],
+    ) -> Float[Array, "B G T"]:
+        """The score, +inf also for those of the others that the first score takes."""
+        if self.first is None:
+            return scores
+        others = mask & ~jnp.isposinf(scores)
+        taken = top(self.first.rank(tokens, evidence), others, jnp.floor(self.share * counts + 1e-6).astype(jnp.int32))
+        return jnp.where(taken, jnp.inf, scores)

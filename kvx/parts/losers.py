@@ -2,9 +2,10 @@
 
 from typing import Any, Protocol
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kvx.evidence import Evidence
+from kvx.evidence import Evidence, Requests
+from kvx.policy import Context
 from kvx.pytree import pytree
 from kvx.tokens import Tokens
 
@@ -12,14 +13,39 @@ from kvx.tokens import Tokens
 class Losers(Protocol):
     """The fate of the tokens a selection lets go."""
 
+    def observe(self, prefill: bool) -> Requests:
+        """Evidence it reads, beside the score's."""
+        return Requests()
+
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Shaped[Array, "B G T"]]:
+        """Statistics it keeps with each token; see `Score.stats`."""
+        return {}
+
+    def update(self, stats: dict[str, Shaped[Array, "B G C"]], evidence: Evidence) -> dict[str, Shaped[Array, "B G C"]]:
+        """Its statistics after a decode step."""
+        return {}
+
     def settle(
-        self, tokens: Tokens, kept: Bool[Array, "B G T"], lost: Bool[Array, "B G T"], evidence: Evidence
+        self,
+        tokens: Tokens,
+        kept: Bool[Array, "B G T"],
+        lost: Bool[Array, "B G T"],
+        evidence: Evidence,
+        context: Context,
     ) -> tuple[Tokens, Any]:
         """After a prompt or chunk: the tokens, changed where survivors took something over, and a state."""
         ...
 
-    def step(self, store: Any, state: Any, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> tuple[Any, Any]:
-        """After a decode step: the store without its weakest unit wherever a head holds too much."""
+    def step(
+        self,
+        store: Any,
+        state: Any,
+        scores: Float[Array, "B G C"],
+        excess: Int[Array, "B G"],
+        most: int,
+        context: Context,
+    ) -> tuple[Any, Any]:
+        """After a decode step: the store without its `excess` weakest tokens, of which there are at most `most`."""
         ...
 
 
@@ -28,9 +54,22 @@ class Drop(Losers):
     """Gone."""
 
     def settle(
-        self, tokens: Tokens, kept: Bool[Array, "B G T"], lost: Bool[Array, "B G T"], evidence: Evidence
+        self,
+        tokens: Tokens,
+        kept: Bool[Array, "B G T"],
+        lost: Bool[Array, "B G T"],
+        evidence: Evidence,
+        context: Context,
     ) -> tuple[Tokens, Any]:
         return tokens, None
 
-    def step(self, store: Any, state: Any, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> tuple[Any, Any]:
-        return store.release(scores, excess), state
+    def step(
+        self,
+        store: Any,
+        state: Any,
+        scores: Float[Array, "B G C"],
+        excess: Int[Array, "B G"],
+        most: int,
+        context: Context,
+    ) -> tuple[Any, Any]:
+        return store.release(scores, excess, most), state

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvx.evidence import Evidence
 from kvx.parts.losers import Losers
+from kvx.policy import Context
 from kvx.pytree import pytree, static
 from kvx.stores.dense import weakest
 from kvx.tokens import Tokens
@@ -33,7 +34,12 @@ class MergeNearest(Losers):
     weights: str = static("exp")
 
     def settle(
-        self, tokens: Tokens, kept: Bool[Array, "B G T"], lost: Bool[Array, "B G T"], evidence: Evidence
+        self,
+        tokens: Tokens,
+        kept: Bool[Array, "B G T"],
+        lost: Bool[Array, "B G T"],
+        evidence: Evidence,
+        context: Context,
     ) -> tuple[Tokens, Any]:
         keys = tokens.rotated_keys.astype(jnp.float32)
         nearest, cosine = nearest_survivor(keys, keys, kept)
@@ -55,7 +61,16 @@ class MergeNearest(Losers):
         merged = replace(tokens.with_form(rotated=True), values=merge(tokens.values))
         return replace(merged, keys=merge(merged.keys)), (threshold, started)
 
-    def step(self, store: Any, state: Any, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> tuple[Any, Any]:
+    def step(
+        self,
+        store: Any,
+        state: Any,
+        scores: Float[Array, "B G C"],
+        excess: Int[Array, "B G"],
+        most: int,
+        context: Context,
+    ) -> tuple[Any, Any]:
+        assert most == 1, "losers that find their survivor one by one"
         threshold, started = state
         tokens = store.tokens()
         loser, leaving = weakest(scores, tokens.positions), excess > 0

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvx.evidence import Evidence, Requests
+from kvx.kernels.prefill_attention.columns import SUM
 from kvx.parts.amounts import Amount
 from kvx.parts.budgets import Budget
 from kvx.parts.ranking import largest_remainder
@@ -31,11 +32,11 @@ class ByVariance(Budget):
 
     def observe(self) -> Requests:
         """The column mass of every query head."""
-        return Requests(columns=frozenset({"sum"}))
+        return Requests(columns=frozenset({SUM}))
 
     def measure(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B"]:
         """How concentrated this layer's attention is, from 0 (spread out) to 1."""
-        mass, present = evidence.columns["sum"], tokens.present[:, :, None]
+        mass, present = evidence.columns[SUM], tokens.present[:, :, None]
         count = jnp.maximum(jnp.sum(present, axis=-1), 1)
         mean = jnp.sum(jnp.where(present, mass, 0.0), axis=-1) / count
         spread = jnp.sum(jnp.where(present, (mass - mean[..., None]) ** 2, 0.0), axis=-1) / jnp.maximum(count - 1, 1)
@@ -58,7 +59,7 @@ class ByVariance(Budget):
     def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
         return jnp.broadcast_to(context.plan[:, None], mask.shape[:2])
 
-    def recent(self, amount: Amount | None, sinks: int, context: Context) -> Int[Array, "B"]:
+    def recent(self, amount: Amount | None, sinks: Int[Array, "B"], context: Context) -> Int[Array, "B"]:
         """In proportion to the layer's slots, as the paper's ratios are; sinks come first where both do not fit."""
         average = jnp.maximum(self.amount.of(context.lengths, context.spec.prompt), 1)
         scaled = super().recent(amount, sinks, context) * context.plan // average

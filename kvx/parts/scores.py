@@ -7,10 +7,11 @@ tokens rank. Query heads of a group reduce by a named reducer, before pooling.
 from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
+from kvx.kernels.prefill_attention.columns import SUM
 from kvx.policy import Activations, Context, Spec
 from kvx.pytree import pytree, static
 from kvx.tokens import Tokens
@@ -32,13 +33,13 @@ class Score(Protocol):
         """Evidence it reads."""
         return Requests()
 
-    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Shaped[Array, "B G T"]]:
         """Statistics of tokens after a prompt or chunk (evidence given), or of a token just decoded (None)."""
         return {}
 
-    def update(self, stats: dict[str, Float[Array, "B G C"]], evidence: Evidence) -> dict[str, Float[Array, "B G C"]]:
-        """Statistics after a decode step."""
-        return stats
+    def update(self, stats: dict[str, Shaped[Array, "B G C"]], evidence: Evidence) -> dict[str, Shaped[Array, "B G C"]]:
+        """Its own statistics after a decode step."""
+        return {}
 
     def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
         """The score."""
@@ -102,14 +103,14 @@ class ColumnMass(Score):
     group: str = static("mean")
 
     def observe(self, prefill: bool) -> Requests:
-        return Requests(columns=frozenset({"sum"})) if prefill else Requests(rows=1)
+        return Requests(columns=frozenset({SUM})) if prefill else Requests(rows=1)
 
-    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Shaped[Array, "B G T"]]:
         before = tokens.stats.get("mass", jnp.zeros(tokens.positions.shape, jnp.float32))
-        return {"mass": before if evidence is None else before + GROUPS[self.group](evidence.columns["sum"], axis=2)}
+        return {"mass": before if evidence is None else before + GROUPS[self.group](evidence.columns[SUM], axis=2)}
 
-    def update(self, stats: dict[str, Float[Array, "B G C"]], evidence: Evidence) -> dict[str, Float[Array, "B G C"]]:
-        return stats | {"mass": stats["mass"] + GROUPS[self.group](evidence.last_rows(1)[..., 0, :], axis=2)}
+    def update(self, stats: dict[str, Shaped[Array, "B G C"]], evidence: Evidence) -> dict[str, Shaped[Array, "B G C"]]:
+        return {"mass": stats["mass"] + GROUPS[self.group](evidence.last_rows(1)[..., 0, :], axis=2)}
 
     def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
         if self.average == "sum":
@@ -156,7 +157,7 @@ class Projection(Score):
                 f"allowed: {wanted} (layers, KV heads, head dim)"
             )
 
-    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Float[Array, "B G T"]]:
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Shaped[Array, "B G T"]]:
         assert self.directions is not None, "checked when the policy is used"
         direction = self.directions[context.layer]
         scored = jnp.einsum("bgtd,gd->bgt", tokens.rotated_keys.astype(jnp.float32), direction)

@@ -46,5 +46,5 @@ def d2o(
     check_protected(kept, protected, f"sinks={sinks} and recent={recent}")
     losers = MergeNearest(fraction(alpha, "alpha"), one_of(weights, "weights", ("exp", "mean")))
     layers, split = layer_list(skip), ByVariance(kept)
-    evict = Evict(ColumnMass(), split, losers, sinks=sinks, recent=window, every_step=True, skip=layers)
+    evict = Evict(ColumnMass(), split, losers, sinks=Slots(sinks), recent=window, every=1, skip=layers)
     return Policy((evict, PoolUp(split, layers)))

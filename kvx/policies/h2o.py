@@ -29,7 +29,7 @@ def h2o(budget: int | float, recent: int | float = 0.5, average: str = "sum", gr
     kept = amount(budget)
     window = share_of_budget(kept, recent)
     check_protected(kept, window.count if isinstance(window, Slots) else 1, f"recent={recent}")
-    return Policy((Evict(ColumnMass(average, group), Uniform(kept), recent=window, every_step=True),))
+    return Policy((Evict(ColumnMass(average, group), Uniform(kept), recent=window, every=1),))
 
 
 def share_of_budget(budget: Amount, part: object, name: str = "recent") -> Amount:

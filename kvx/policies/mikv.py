@@ -4,7 +4,7 @@ from kvx.errors import BadInput
 from kvx.kernels.quantize_pack import BITS
 from kvx.parts.amounts import Slots, amount, one_of, whole
 from kvx.parts.budgets import Uniform
-from kvx.parts.demote import Demote
+from kvx.parts.demote import Demote, LowBits
 from kvx.parts.evict import Evict
 from kvx.parts.scores import GROUPS, ColumnMass
 from kvx.policies.h2o import share_of_budget
@@ -52,5 +52,5 @@ def mikv(
     if isinstance(kept, Slots) and isinstance(window, Slots) and window.count > kept.count:
         raise BadInput(f"recent={recent} protects more slots than high={high} has; allowed: at most {high}")
     channels = None if group is None else whole(group, "group", least=1)
-    host = Evict(ColumnMass(average, heads), Uniform(kept), recent=window, every_step=True)
-    return Policy((Demote(host, Code(bits, channels), balance),))
+    host = Evict(ColumnMass(average, heads), Uniform(kept), recent=window, every=1)
+    return Policy((Demote(host, LowBits(Code(bits, channels), balance)),))

@@ -25,4 +25,4 @@ def q_filters(budget: int | float, window: int = 64, every_step: bool = True) ->
     """
     kept = amount(budget)
     check_protected(kept, whole(window, "window", least=0), f"window={window}")
-    return Policy((Evict(Projection(), Uniform(kept), recent=Slots(window), every_step=every_step),))
+    return Policy((Evict(Projection(), Uniform(kept), recent=Slots(window), every=int(every_step)),))

@@ -1,6 +1,6 @@
 """StreamingLLM (2023): a few sinks plus a sliding window, with positions renumbered inside the cache."""
 
-from kvx.parts.amounts import amount, whole
+from kvx.parts.amounts import Slots, amount, whole
 from kvx.parts.budgets import Uniform, check_protected
 from kvx.parts.evict import Evict
 from kvx.parts.renumber import Renumber
@@ -26,5 +26,5 @@ def streaming_llm(budget: int | float, sinks: int = 4, renumber: bool = True) ->
     """
     kept = amount(budget)
     check_protected(kept, whole(sinks, "sinks", least=0) + 1, f"sinks={sinks} and the newest token")
-    stages = (Evict(Recency(), Uniform(kept), sinks=sinks, every_step=True),)
+    stages = (Evict(Recency(), Uniform(kept), sinks=Slots(sinks), every=1),)
     return Policy((*stages, Renumber()) if renumber else stages)

@@ -25,6 +25,4 @@ def tova(budget: int | float, across: str = "layer", recent: int = 0) -> Policy:
     one_of(across, "across", ("layer", "head"))
     kept = amount(budget)
     check_protected(kept, whole(recent, "recent", least=0), f"recent={recent}")
-    return Policy(
-        (Evict(WindowAttention(window=1), Uniform(kept), recent=Slots(recent), across=across, every_step=True),)
-    )
+    return Policy((Evict(WindowAttention(window=1), Uniform(kept), recent=Slots(recent), across=across, every=1),))

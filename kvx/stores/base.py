@@ -7,7 +7,7 @@ Every store reads as a partial softmax, so stores combine (`kvx.stores.tiers`); 
 from typing import Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kvx.kernels.merge_partials import Partial
 from kvx.query import Query
@@ -19,7 +19,10 @@ class Store(Protocol):
     """What the layer loop, policies and reports ask of a store. Slots are numbered as `dense()` shows them."""
 
     def append(self, tokens: Tokens) -> "Store":
-        """With one more token per KV head, written to a slot that is empty; positions of -1 write nothing."""
+        """With one more token per KV head, written to a slot that is empty; positions of -1 write nothing.
+
+        Stores that verify drafts (`kvx.speculate`) take several.
+        """
         ...
 
     def read(self, query: Query) -> Partial:
@@ -30,13 +33,14 @@ class Store(Protocol):
         """Probability of every slot under `lse`, which may span other stores too; 0 where empty."""
         ...
 
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Store":
-        """Free the weakest unit of eviction of every head that is over its budget by at least a unit.
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Store":
+        """Free the weakest units of eviction of every head that is over its budget by at least a unit.
 
         Args:
             scores: higher = keep; +inf protects a slot. Empty slots are never chosen.
-            excess: tokens held beyond the budget. Most stores evict single slots (the lowest score, ties: the higher
-                position goes); a store of packed groups frees whole groups.
+            excess: tokens held beyond the budget. Most stores evict single slots (the lowest scores, ties: the higher
+                position goes); a store of packed groups frees at most one whole group a call.
+            most: static bound on the slots that leave.
         """
         ...
 
@@ -53,11 +57,11 @@ class Store(Protocol):
         ...
 
     @property
-    def stats(self) -> dict[str, Float[Array, "B G C"]]:
+    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
         """Statistics by slot."""
         ...
 
-    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Store":
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Store":
         """The same store with these statistics."""
         ...
 

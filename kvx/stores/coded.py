@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.errors import BadInput
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
@@ -13,8 +13,8 @@ from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
-from kvx.stores.codes import TokenCodes, scatter
-from kvx.stores.dense import first_empty, weakest, write_slot
+from kvx.stores.codes import TokenCodes
+from kvx.stores.dense import first_empty, scatter, weakest_several, write_slot
 from kvx.tokens import Tokens
 
 
@@ -89,7 +89,7 @@ class Coded:
     slots: Int[Array, "B G C"]
     rotary: Rotary
     balance: Float[Array, "B G D"] | None = None
-    stats: dict[str, Float[Array, "B G C"]] = field(default_factory=dict)
+    stats: dict[str, Shaped[Array, "B G C"]] = field(default_factory=dict)
     code: Code = static(Code(None))
 
     @classmethod
@@ -130,9 +130,8 @@ class Coded:
             self._queries(query), self.keys.decode(), query.positions, self.slots, lse, **query.masking
         )
 
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Coded":
-        chosen = (excess > 0)[..., None] & (jnp.arange(self.slots.shape[-1]) == weakest(scores, self.slots)[..., None])
-        return replace(self, slots=jnp.where(chosen, -1, self.slots))
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Coded":
+        return replace(self, slots=jnp.where(weakest_several(scores, self.slots, excess, most), -1, self.slots))
 
     def tokens(self) -> Tokens:
         keys = self.keys.decode()
@@ -147,7 +146,7 @@ class Coded:
         tokens = self.tokens()
         return tokens.keys, tokens.values, tokens.positions
 
-    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Coded":
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Coded":
         return replace(self, stats=stats)
 
     def bytes_read(self) -> int:

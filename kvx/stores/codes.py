@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int, Shaped, UInt32
+from jaxtyping import Array, BFloat16, Float, Int, UInt32
 
 from kvx.kernels.quantize_pack import pack, quantize, unpack
 from kvx.pytree import pytree, static
+from kvx.stores.dense import scatter
 
 
 @pytree
@@ -110,19 +111,6 @@ class TokenCodes:
     def minimum(self) -> Float[Array, "B G P h"]:
         """m of each slot and run."""
         return _minimum(self.ranges)
-
-
-def scatter(
-    array: Shaped[Array, "B G C *rest"], index: Int[Array, "B G m"], rows: Shaped[Array, "B G m *rest"]
-) -> Shaped[Array, "B G C *rest"]:
-    """Rows written in place along the third axis at ascending indices; those beyond the end are dropped.
-
-    The form of which XLA makes no copy of the array; a conditional or `where` around it would.
-    """
-    batch, heads = jnp.ogrid[: array.shape[0], : array.shape[1]]
-    return array.at[batch[..., None], heads[..., None], index].set(
-        rows.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
-    )
 
 
 def _ranges(scale: BFloat16[Array, "*batch"], minimum: BFloat16[Array, "*batch"]) -> UInt32[Array, "*batch"]:

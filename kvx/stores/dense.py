@@ -2,6 +2,7 @@
 
 from dataclasses import field, replace
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -25,7 +26,7 @@ class Dense:
     values: Float[Array, "B G C V"]
     slots: Int[Array, "B G C"]
     rotary: Rotary
-    stats: dict[str, Float[Array, "B G C"]] = field(default_factory=dict)
+    stats: dict[str, Shaped[Array, "B G C"]] = field(default_factory=dict)
     rotated: bool = static(True)
 
     @classmethod
@@ -35,14 +36,15 @@ class Dense:
         return cls(kept.keys, kept.values, kept.positions, kept.rotary, dict(kept.stats), kept.rotated)
 
     def append(self, tokens: Tokens) -> "Dense":
+        """Any number of tokens at once, while there are empty slots."""
         tokens = tokens.with_form(self.rotated)
-        slot = first_empty(self.slots)
+        slots = empty_slots(self.slots, tokens.positions.shape[-1])
         return replace(
             self,
-            keys=write_slot(self.keys, slot, tokens.keys[:, :, 0]),
-            values=write_slot(self.values, slot, tokens.values[:, :, 0]),
-            slots=write_slot(self.slots, slot, tokens.positions[:, :, 0]),
-            stats={name: write_slot(stat, slot, tokens.stats[name][:, :, 0]) for name, stat in self.stats.items()},
+            keys=scatter(self.keys, slots, tokens.keys),
+            values=scatter(self.values, slots, tokens.values),
+            slots=scatter(self.slots, slots, tokens.positions),
+            stats={name: scatter(stat, slots, tokens.stats[name]) for name, stat in self.stats.items()},
         )
 
     def read(self, query: Query) -> Partial:
@@ -51,8 +53,12 @@ class Dense:
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         return decode_probabilities(query.rotated, self.keys, query.positions, self.slots, lse, **query.masking)
 
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Dense":
-        return self.evict(weakest(scores, self.slots), excess > 0)
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Dense":
+        return replace(self, slots=jnp.where(weakest_several(scores, self.slots, excess, most), -1, self.slots))
+
+    def crop(self, next: Int[Array, "B"]) -> "Dense":
+        """Without the tokens at or beyond these positions, as if they had never come."""
+        return replace(self, slots=jnp.where(self.slots >= next[:, None, None], -1, self.slots))
 
     def evict(self, slot: Int[Array, "B G"], when: Bool[Array, "B G"]) -> "Dense":
         """Mark one slot a head empty where `when`; its bytes are reused by the next token."""
@@ -81,7 +87,7 @@ class Dense:
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
         return self.tokens().rotated_keys, self.values, self.slots
 
-    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Dense":
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Dense":
         return replace(self, stats=stats)
 
     def bytes_read(self) -> int:
@@ -92,6 +98,30 @@ def first_empty(slots: Int[Array, "B G C"]) -> Int[Array, "B G"]:
     """Index of the first empty slot; C where there is none, which no write reaches."""
     capacity = slots.shape[-1]
     return jnp.min(jnp.where(slots < 0, jnp.arange(capacity), capacity), axis=-1)
+
+
+def empty_slots(slots: Int[Array, "B G C"], count: int) -> Int[Array, "B G n"]:
+    """Indices of the first `count` empty slots, ascending; past the last, which no write reaches, if there are fewer."""
+    if count == 1:
+        return first_empty(slots)[..., None]
+    index = jnp.arange(slots.shape[-1])
+    # Occupied ones count as beyond the last, each by its own index: a scatter is promised distinct ones.
+    return jnp.sort(jnp.where(slots < 0, index, index + index.size), axis=-1)[..., :count]
+
+
+def scatter(
+    array: Shaped[Array, "B G C *rest"], index: Int[Array, "B G n"], rows: Shaped[Array, "B G n *rest"]
+) -> Shaped[Array, "B G C *rest"]:
+    """Rows written in place along the third axis at ascending, distinct indices; those beyond the end are dropped.
+
+    The form of which XLA makes no copy of the array; a conditional or `where` around it would.
+    """
+    if index.shape[-1] == 1:
+        return write_slot(array, index[..., 0], rows[:, :, 0])
+    batch, heads = jnp.ogrid[: array.shape[0], : array.shape[1]]
+    return array.at[batch[..., None], heads[..., None], index].set(
+        rows.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+    )
 
 
 def write_slot(
@@ -114,3 +144,19 @@ def weakest(scores: Float[Array, "B G C"], slots: Int[Array, "B G C"]) -> Int[Ar
     lowest = jnp.min(jnp.where(occupied, scores, jnp.inf), axis=-1, keepdims=True)
     tied = jnp.where(occupied & (scores == lowest), slots, -1)
     return jnp.argmax(tied, axis=-1).astype(jnp.int32)
+
+
+def weakest_several(
+    scores: Float[Array, "B G C"], slots: Int[Array, "B G C"], excess: Int[Array, "B G"], most: int
+) -> Bool[Array, "B G C"]:
+    """Mask of the `excess` occupied slots with the lowest scores, at most `most`; ties as in `weakest`."""
+    index = jnp.arange(slots.shape[-1])
+    if most == 1:
+        return (excess > 0)[..., None] & (index == weakest(scores, slots)[..., None])
+    worth = jnp.where(slots >= 0, scores, jnp.inf)
+    keys = (worth, -slots, jnp.broadcast_to(index, slots.shape))
+    order = jax.lax.sort(keys, dimension=-1, num_keys=2)[2][..., :most]
+    leaving = jnp.arange(order.shape[-1]) < jnp.minimum(excess, most)[..., None]
+    batch, heads = jnp.ogrid[: slots.shape[0], : slots.shape[1]]
+    chosen = jnp.zeros(slots.shape, bool).at[batch[..., None], heads[..., None], order].set(leaving)
+    return chosen & (slots >= 0)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from kvx.kernels.logits import partial_softmax, scaled_logits, slot_probabilities, visible
 from kvx.kernels.merge_partials import Partial, merge_partials
@@ -95,7 +95,7 @@ class Flat:
         return tokens.keys, tokens.values, tokens.positions
 
     @property
-    def stats(self) -> dict[str, Float[Array, "B G C"]]:
+    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
         return {}
 
     def bytes_read(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import field, replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.kernels.decode_attention import ungroup
 from kvx.kernels.logits import partial_softmax, scaled_logits, slot_probabilities, visible
@@ -11,8 +11,8 @@ from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
-from kvx.stores.codes import ChannelCodes, TokenCodes, scatter
-from kvx.stores.dense import Dense, first_empty
+from kvx.stores.codes import ChannelCodes, TokenCodes
+from kvx.stores.dense import Dense, first_empty, scatter
 from kvx.tokens import Tokens, concatenate
 
 FREE, RESERVED = -1, -2
@@ -177,7 +177,7 @@ class Packed:
 
         return masked(packed, self.slots), masked(ring, self.tail.slots)
 
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Packed":
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Packed":
         """Free the key group with the lowest mean score, of a head that holds at least a group too much.
 
         Only groups whose values are packed too can go, and none with a protected token; so a head never holds fewer
@@ -211,10 +211,10 @@ class Packed:
         return tokens.keys, tokens.values, tokens.positions
 
     @property
-    def stats(self) -> dict[str, Float[Array, "B G C"]]:
+    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
         return {name: jnp.concatenate([stat, self.tail.stats[name]], axis=-1) for name, stat in self.kept.items()}
 
-    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Packed":
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Packed":
         slots = self.slots.shape[-1]
         ring = {name: stat[..., slots:] for name, stat in stats.items()}
         return replace(

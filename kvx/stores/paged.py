@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.merge_partials import Partial
@@ -104,8 +104,8 @@ class Paged:
         reduce = jnp.max if self.group == "max" else jnp.mean
         return jnp.where(empty[..., 0], -jnp.inf, reduce(raised - lowered, axis=2))
 
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Paged":
-        return replace(self, inner=self.inner.release(scores, excess))
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Paged":
+        return replace(self, inner=self.inner.release(scores, excess, most))
 
     def tokens(self) -> Tokens:
         return self.inner.tokens()
@@ -117,10 +117,10 @@ class Paged:
         return self.inner.dense()
 
     @property
-    def stats(self) -> dict[str, Float[Array, "B G C"]]:
+    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
         return self.inner.stats
 
-    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Paged":
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Paged":
         return replace(self, inner=self.inner.with_stats(stats))
 
     def bytes_read(self) -> int:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.merge_partials import Partial, merge_partials
@@ -121,7 +121,8 @@ class Pooled:
         nothing = jnp.zeros((*query.raw.shape[:4], width), jnp.float32)
         return jax.lax.fori_loop(0, self._blocks(), step, nothing)[..., : self.capacity]
 
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Pooled":
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Pooled":
+        assert most == 1, "a pool's layers let one token go at a time"
         return self.evict(weakest(scores, self.positions()), excess > 0)
 
     def evict(self, slot: Int[Array, "B G"], when: Bool[Array, "B G"]) -> "Pooled":
@@ -159,10 +160,10 @@ class Pooled:
         return tokens.keys, tokens.values, tokens.positions
 
     @property
-    def stats(self) -> dict[str, Float[Array, "B G C"]]:
+    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
         return dict(self.tokens().stats)
 
-    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Pooled":
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Pooled":
         batch, heads = jnp.ogrid[: self.start.shape[0], : self.pool.slots.shape[1]]
         where = (batch[..., None], heads[..., None], self._places()[:, None])
         written = {name: stat.at[where].set(stats[name], mode="drop") for name, stat in self.pool.stats.items()}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.merge_partials import Partial
@@ -50,11 +50,15 @@ class Renumbered:
         queries, keys = self._rotated(query)
         return decode_probabilities(queries, keys, query.positions, self.inner.slots, lse, **query.masking)
 
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Renumbered":
-        inner = self.inner.release(scores, excess)
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Renumbered":
+        inner = self.inner.release(scores, excess, most)
         gone = (self.inner.slots >= 0) & (inner.slots < 0)
-        place = jnp.min(jnp.where(gone, self.places, jnp.iinfo(jnp.int32).max), axis=-1, keepdims=True)
-        return Renumbered(inner, self.places - (self.places > place))
+        # Every token moves down by as many places as have become free below it.
+        if most == 1:
+            place = jnp.min(jnp.where(gone, self.places, jnp.iinfo(jnp.int32).max), axis=-1, keepdims=True)
+            return Renumbered(inner, self.places - (self.places > place))
+        below = gone[..., None, :] & (self.places[..., None, :] < self.places[..., None])
+        return Renumbered(inner, self.places - jnp.sum(below, axis=-1, dtype=jnp.int32))
 
     def tokens(self) -> Tokens:
         return self.inner.tokens()
@@ -66,10 +70,10 @@ class Renumbered:
         return self._turned(), self.inner.values, self.inner.slots
 
     @property
-    def stats(self) -> dict[str, Float[Array, "B G C"]]:
+    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
         return self.inner.stats
 
-    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Renumbered":
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Renumbered":
         return replace(self, inner=self.inner.with_stats(stats))
 
     def bytes_read(self) -> int:

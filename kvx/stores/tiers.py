@@ -5,7 +5,7 @@ from functools import reduce
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree
@@ -63,7 +63,8 @@ class Tiers:
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         return jnp.concatenate([tier.probabilities(query, lse) for tier in self.tiers], axis=-1)
 
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"]) -> "Tiers":
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Tiers":
+        assert most == 1, "tiers let one token go at a time"
         place = weakest(scores, self.positions())
         tiers, start = [], 0
         for tier, size in zip(self.tiers, self.sizes, strict=True):
@@ -100,10 +101,10 @@ class Tiers:
         return tokens.rotated_keys, tokens.values, tokens.positions
 
     @property
-    def stats(self) -> dict[str, Float[Array, "B G C"]]:
+    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
         return dict(self.tokens().stats)
 
-    def with_stats(self, stats: dict[str, Float[Array, "B G C"]]) -> "Tiers":
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Tiers":
         tiers, start = [], 0
         for tier, size in zip(self.tiers, self.sizes, strict=True):
             tiers.append(tier.with_stats({name: stats[name][..., start : start + size] for name in tier.stats}))

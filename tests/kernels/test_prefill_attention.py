@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvx.kernels.prefill_attention import combine_columns, prefill_attention
+from kvx.kernels.prefill_attention import prefill_attention
+from kvx.kernels.prefill_attention.columns import MAX, SQUARE, SUM, Column
 
-COLUMNS = ("sum", "square", "max")
+COLUMNS = (SUM, SQUARE, MAX, Column(power=2, pooled=True), Column(near=0.3), Column(reduce="max", pooled=True))
 
 
 def case(batch, kv_heads, group, length, past, dim, lengths, seed=0):
@@ -48,6 +49,7 @@ def test_blocked_equals_reference(heads, shape, window, softcap, seed):
     lengths = np.random.default_rng(seed).integers(1, length + 1, batch)
     operands = case(batch, kv_heads, group, length, past, 16, lengths, seed)
     options = {"scale": 0.3, "window": window, "softcap": softcap, "columns": COLUMNS}
+    options["lengths"] = jnp.asarray(lengths, jnp.int32)
     plain = prefill_attention(*operands, **options, implementation="reference")
     fast = prefill_attention(*operands, **options, implementation="xla")
     for ours, theirs in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
@@ -57,22 +59,23 @@ def test_blocked_equals_reference(heads, shape, window, softcap, seed):
 
 def test_padding_sees_nothing_and_counts_nowhere():
     operands = case(2, 2, 2, 200, 0, 16, [200, 31])
-    out, lse, columns = prefill_attention(*operands, scale=0.25, columns=("sum",))
+    out, lse, columns = prefill_attention(*operands, scale=0.25, columns=(SUM,))
     assert not np.asarray(out[1, :, :, 31:]).any() and (np.asarray(lse[1, :, :, 31:]) == -np.inf).all()
-    assert not np.asarray(columns["sum"][1, :, :, 31:]).any()
+    assert not np.asarray(columns[SUM][1, :, :, 31:]).any()
 
 
 def test_column_mass_sums_to_the_number_of_queries():
     operands = case(2, 2, 3, 300, 0, 16, [300, 120])
-    _, _, columns = prefill_attention(*operands, scale=0.25, columns=("sum",))
+    _, _, columns = prefill_attention(*operands, scale=0.25, columns=(SUM,))
     np.testing.assert_allclose(
-        np.asarray(columns["sum"].sum(-1)), np.broadcast_to([[[300]], [[120]]], (2, 2, 3)), rtol=1e-5
+        np.asarray(columns[SUM].sum(-1)), np.broadcast_to([[[300]], [[120]]], (2, 2, 3)), rtol=1e-5
     )
 
 
 def test_statistics_of_two_chunks_combine_to_those_of_the_whole():
     queries, keys, values, spots, positions = case(1, 2, 2, 256, 0, 16, [256])
-    _, _, whole = prefill_attention(queries, keys, values, spots, positions, scale=0.25, columns=COLUMNS)
+    options = {"scale": 0.25, "columns": COLUMNS, "lengths": jnp.asarray([256], jnp.int32)}
+    _, _, whole = prefill_attention(queries, keys, values, spots, positions, **options)
     half = 128
     _, _, first = prefill_attention(
         queries[:, :, :, :half],
@@ -80,15 +83,23 @@ def test_statistics_of_two_chunks_combine_to_those_of_the_whole():
         values[:, :, :half],
         spots[:, :half],
         positions[..., :half],
-        scale=0.25,
-        columns=COLUMNS,
+        **options,
     )
-    _, _, second = prefill_attention(
-        queries[:, :, :, half:], keys, values, spots[:, half:], positions, scale=0.25, columns=COLUMNS
+    _, _, second = prefill_attention(queries[:, :, :, half:], keys, values, spots[:, half:], positions, **options)
+    for column in COLUMNS:
+        padded = jnp.pad(first[column], ((0, 0), (0, 0), (0, 0), (0, half)))
+        np.testing.assert_allclose(column.combine(padded, second[column]), whole[column], atol=1e-5)
+
+
+def test_a_near_statistic_is_the_band_of_the_probabilities():
+    """Uniform attention: key j of n gets sum over i in [j, j + w) of 1 / (i + 1)."""
+    queries, keys, values, spots, positions = case(1, 1, 1, 40, 0, 16, [40])
+    near = Column(near=0.3)
+    _, _, found = prefill_attention(
+        queries * 0, keys, values, spots, positions, scale=0.25, columns=(near,), lengths=jnp.asarray([40], jnp.int32)
     )
-    for name in COLUMNS:
-        padded = jnp.pad(first[name], ((0, 0), (0, 0), (0, 0), (0, half)))
-        np.testing.assert_allclose(combine_columns(name, padded, second[name]), whole[name], atol=1e-5)
+    wanted = [sum(1 / (i + 1) for i in range(j, min(j + 12, 40))) for j in range(40)]
+    np.testing.assert_allclose(np.asarray(found[near])[0, 0, 0], wanted, rtol=1e-5)
 
 
 def test_documents_do_not_see_each_other():
@@ -99,6 +110,21 @@ def test_documents_do_not_see_each_other():
         queries[:, :, :, 40:], keys[:, :, 40:], values[:, :, 40:], spots[:, 40:], positions[..., 40:], scale=0.25
     )
     np.testing.assert_allclose(np.asarray(out[:, :, :, 40:]), np.asarray(alone), atol=1e-5)
+
+
+def test_a_table_says_which_label_sees_which():
+    """Two contexts behind one prefix: each sees the prefix and itself."""
+    queries, keys, values, spots, positions = case(1, 1, 2, 90, 0, 16, [90])
+    labels = jnp.asarray(np.repeat([0, 1, 2], [30, 40, 20])[None], jnp.int32)
+    table = jnp.asarray([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+    out, _, _ = prefill_attention(
+        queries, keys, values, spots, positions, scale=0.25, segments=(labels, labels), visibility=table
+    )
+    rows = np.r_[0:30, 70:90]
+    alone, _, _ = prefill_attention(
+        queries[:, :, :, rows], keys[:, :, rows], values[:, :, rows], spots[:, rows], positions[..., rows], scale=0.25
+    )
+    np.testing.assert_allclose(np.asarray(out[:, :, :, 70:]), np.asarray(alone[:, :, :, 30:]), atol=1e-5)
 
 
 @pytest.mark.parametrize("argument", [0, 1, 2])

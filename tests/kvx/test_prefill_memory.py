@@ -10,6 +10,7 @@ import pytest
 import kvx
 from kvx.evidence import Requests
 from kvx.kernels.prefill_attention import prefill_attention
+from kvx.kernels.prefill_attention.columns import SUM
 from kvx.loop import attend
 from kvx.policy_text import parse_policy
 from tests import tiny
@@ -50,14 +51,14 @@ def growth_per_token(sizes):
     return (sizes[-1] / LENGTHS[-1]) / (sizes[0] / LENGTHS[0])
 
 
-@pytest.mark.parametrize("columns", [(), ("sum",)])
+@pytest.mark.parametrize("columns", [(), (SUM,)])
 def test_temporaries_of_a_layer_grow_linearly_with_the_prompt(columns):
     sizes = [attend_temporaries(length, Requests(columns=frozenset(columns))) for length in LENGTHS]
     print("attend", columns, sizes)
     assert growth_per_token(sizes) < 1.5
 
 
-@pytest.mark.parametrize("columns", [(), ("sum",)])
+@pytest.mark.parametrize("columns", [(), (SUM,)])
 def test_the_reference_grows_quadratically_so_that_the_measure_can_tell(columns):
     sizes = [kernel_temporaries(length, "reference", columns) for length in LENGTHS]
     print("reference", columns, sizes)

@@ -5,6 +5,7 @@ import numpy as np
 
 from kvx.decoder import AttentionSpec
 from kvx.evidence import Evidence
+from kvx.kernels.prefill_attention.columns import SUM
 from kvx.policy import Context, Spec
 from kvx.query import Query
 from kvx.rotary import Rotary
@@ -46,7 +47,7 @@ def evidence(length: int, rows=None, columns=None) -> Evidence:
     return Evidence(
         seen=jnp.asarray([length], jnp.int32),
         rows=None if rows is None else jnp.asarray(rows, jnp.float32)[None],
-        columns={} if columns is None else {"sum": jnp.asarray(columns, jnp.float32)[None]},
+        columns={} if columns is None else {SUM: jnp.asarray(columns, jnp.float32)[None]},
     )
 
 

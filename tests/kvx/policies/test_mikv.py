@@ -12,10 +12,11 @@ import kvx
 from kvx.errors import BadInput
 from kvx.evidence import Evidence
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.prefill_attention.columns import SUM
 from kvx.kernels.quantize_pack import dequantize, quantize
 from kvx.loop import decode
 from kvx.parts.amounts import one_of
-from kvx.parts.demote import Demote
+from kvx.parts.demote import Demote, LowBits
 from kvx.parts.evict import Evict
 from kvx.policies import h2o, mikv, snapkv
 from kvx.policy import Context, Policy, Spec, round_up
@@ -107,7 +108,7 @@ class Forgetful(Demote):
 @pytest.mark.parametrize("high", [12, 0.25])
 def test_without_its_low_tier_it_keeps_what_h2o_keeps(high):
     stage = mikv(high=high, bits=2).stages[0]
-    forgetful = Policy((Forgetful(stage.host, stage.code, stage.balanced),), "forgetful")
+    forgetful = Policy((Forgetful(stage.host, stage.lower),), "forgetful")
     logits, cache = forced(forgetful)
     evicted, other = forced(h2o(budget=high))
     for ours, theirs in zip(cache.layers, other.layers, strict=True):
@@ -166,7 +167,7 @@ def test_decoding_agrees_with_a_dense_oracle(balanced):
     context = Context(jnp.int32(0), jnp.asarray(lengths, jnp.int32), spec)
     mass = causal_mass(rotated, np.asarray(prompt.keys, np.float64), positions)
     peak = np.where((positions >= 0)[:, None, None, :, None], np.abs(rotated), 0).max(axis=(2, 3))
-    evidence = Evidence(context.lengths, columns={"sum": f32(mass)}, query_peak=f32(peak))
+    evidence = Evidence(context.lengths, columns={SUM: f32(mass)}, query_peak=f32(peak))
     layer = jax.jit(policy.prefill, static_argnums=3)(prompt, evidence, context, policy.slots(spec, 0))
     oracles = [
         [Oracle(prompt, mass, peak, row, head, lengths[row], high, 2, bits, balanced) for head in range(HEADS)]
@@ -295,7 +296,7 @@ def test_any_stage_of_eviction_may_decide_what_stays_exact():
     once = snapkv(budget=10, window=4).stages[0]
     assert isinstance(once, Evict)
     stage = mikv(bits=4).stages[0]
-    _, cache = forced(Policy((Demote(once, stage.code, True),), "mikv by snapkv"), steps=4)
+    _, cache = forced(Policy((Demote(once, LowBits(stage.lower.code, True)),), "mikv by snapkv"), steps=4)
     for store in cache.layers:
         for row, length in zip(staying(store), LENGTHS, strict=True):
             for head in row:

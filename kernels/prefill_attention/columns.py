@@ -1,0 +1,76 @@
+"""Column statistics: what a key received from the queries, reduced over them; never an S x S array.
+
+A statistic is sum_i or max_i over the queries i of p_ij^power, p the probability of key j. H2O's column mass, the
+squares that a variance needs, and the mass that comes from near by are three settings of it.
+"""
+
+from dataclasses import dataclass
+from math import inf
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclass(frozen=True, order=True)
+class Column:
+    """One statistic.
+
+    Attributes:
+        power: 1 or 2.
+        reduce: "sum" or "max" over the queries.
+        pooled: the power acts on the mean probability of the query heads of a KV head, instead of on each.
+        near: only queries that come fewer than ceil(near * length) tokens after the key count; length is the row's.
+    """
+
+    power: int = 1
+    reduce: str = "sum"
+    pooled: bool = False
+    near: float = inf
+
+    def combine(self, first: Float[Array, "*shape"], second: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The statistic over two disjoint sets of queries."""
+        return jnp.maximum(first, second) if self.reduce == "max" else first + second
+
+    def of(
+        self,
+        weights: Float[Array, "B G R T S"],
+        total: Float[Array, "B G R T"],
+        distance: Int[Array, "B G T S"],
+        lengths: Int[Array, "B"] | None,
+    ) -> Float[Array, "B G R S"]:
+        """The statistic over these queries.
+
+        Args:
+            weights, total: unnormalised probabilities and their sums, p = weights / total.
+            distance: tokens from key to query.
+            lengths: tokens of each row; read if `near` is finite.
+        """
+        shape = (*weights.shape[:3], weights.shape[-1])
+        if self.near < inf:
+            weights = jnp.where(self._near(distance, lengths)[:, :, None], weights, 0.0)
+        if self.pooled:
+            mean = jnp.mean(weights / total[..., None], axis=2, keepdims=True)
+            return jnp.broadcast_to(self._reduced(mean**self.power), shape)
+        if self.reduce == "sum":
+            # As matrix-vector products: they read the weights once and write no normalised copy.
+            return jnp.einsum("bgrt,bgrts->bgrs", 1 / total**self.power, weights**self.power)
+        return self._reduced((weights / total[..., None]) ** self.power)
+
+    def _reduced(self, mapped: Float[Array, "B G R T S"]) -> Float[Array, "B G R S"]:
+        return (jnp.max if self.reduce == "max" else jnp.sum)(mapped, axis=-2)
+
+    def _near(self, distance: Int[Array, "B G T S"], lengths: Int[Array, "B"] | None) -> Bool[Array, "B G T S"]:
+        assert lengths is not None, "a statistic of near queries needs the rows' lengths"
+        return distance < near_width(lengths, self.near)[:, None, None, None]
+
+
+def near_width(lengths: Int[Array, "B"], near: float) -> Int[Array, "B"]:
+    """ceil(near * length), with a little less than the share so that float rounding adds no token."""
+    if near == inf:
+        return jnp.full_like(lengths, jnp.iinfo(jnp.int32).max)
+    return jnp.ceil(near * lengths - 1e-4).astype(jnp.int32)
+
+
+SUM = Column()
+SQUARE = Column(power=2)
+MAX = Column(reduce="max")
