@@ -332,8 +332,8 @@ class Policy:
 
     def pack(
         self, tokens: Tokens, mask: Bool[Array, "B G T"], evidence: Evidence, context: Context, slots: int
-    ) -> Store:
-        """The store of what was selected."""
+    ) -> Any:
+        """The store of what was selected, by the last stage that answers; dense if none does."""
         # Only statistics that a decode step will go on with travel into the store.
         tokens = tokens.with_only({name for stage in self.stages for name in stage.stats(tokens, None, context)})
         packed = [
