@@ -194,6 +194,7 @@ def decode_run(
         store = layer.store.append(fresh)
         part, carry = here.read(store, query, carry, context)
         layer = Layer(store, layer.states)
+        out = here.recall(part, layer.states, query, context).out
         if not provisional:
             rows = store.probabilities(query, part.lse) if wanted.rows else None
             evidence = Evidence(seen, rows, queries=query.rotated if wanted.queries else None)
@@ -201,7 +202,7 @@ def decode_run(
         layer = place_cache(placement, layer, len(tokens), block.spec.kv_heads)
         storage = where.save(storage, layer.store)
         states.append(layer.states)
-        x = block.finish(x, to_heads(part.out).astype(x.dtype))
+        x = block.finish(x, to_heads(out).astype(x.dtype))
     taken = jnp.where((cache.room == ENDLESS) | provisional, 0, tokens.shape[1])
     after = cache.next if provisional else seen
     return model.unembed(x), KVCache(storage, cache.places, tuple(states), after, cache.room - taken)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from kvx.decoder import AttentionSpec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
-from kvx.kernels.merge_partials import Partial
+from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import Store
@@ -97,6 +97,7 @@ class Stage:
         append_only: its store cannot free slots for reuse, so that nothing that evicts while decoding can precede it.
         measures: how many slots it needs is known only when the layer's evidence is (`need`).
         thins: tokens leave the residual stream after its layers (`thin`), so that no other policy can share the pass.
+        recalls: its state holds what became of tokens that left (`recall`), so that it must see all of them leave.
     """
 
     bounded: bool = False
@@ -109,6 +110,7 @@ class Stage:
     append_only: bool = False
     measures: bool = False
     thins: bool = False
+    recalls: bool = False
 
     def at(self, layer: int, layers: int) -> "Stage | None":
         """This stage in one layer; None where it does not act."""
@@ -188,6 +190,13 @@ class Stage:
 
         Returns:
             None: no opinion, the store reads as it does.
+        """
+        return None
+
+    def recall(self, state: Any, query: Query, context: Context) -> Partial | None:
+        """For `recalls`: attention over tokens that left the store, by what this stage's state holds of them.
+
+        It joins the store's under one softmax; the evidence that a decode step collects is about the store alone.
         """
         return None
 
@@ -373,6 +382,12 @@ class Policy:
             if answer is not None:
                 return answer
         return store.read(query), carry
+
+    def recall(self, part: Partial, states: tuple[Any, ...], query: Query, context: Context) -> Partial:
+        """Attention over the store, joined by what stages still know of tokens that left it."""
+        known = [stage.recall(state, query, context) for stage, state in zip(self.stages, states, strict=True)]
+        parts = [each for each in known if each is not None]
+        return merge_partials(part, *parts) if parts else part
 
     def layout(self, labels: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Layout | None:
         """Where the prompt's tokens stand, by the first stage that has an opinion."""

@@ -144,6 +144,11 @@ def _check_company(policies: tuple[Policy, ...], prefill_chunk: int | None, comp
             "policy is a tuple, but with compress='chunk' each policy changes what later chunks see; "
             "allowed: one policy"
         )
+    if any(stage.recalls for stage in policies[0].stages):
+        raise BadInput(
+            f"compress='chunk' cannot serve {policies[0].text}, which keeps a trace of every token that leaves; "
+            "allowed: 'end'"
+        )
     if policies[0].decides != "layer":
         raise BadInput(
             f"compress='chunk' cannot serve {policies[0].text}, which decides when every layer's prompt is known; "

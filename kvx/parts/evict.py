@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.evidence import Evidence, Requests
+from kvx.kernels.merge_partials import Partial
 from kvx.parts.amounts import Amount, Slots
 from kvx.parts.losers import Drop
 from kvx.parts.ranking import top
 from kvx.policy import Activations, Context, Spec, Stage
 from kvx.pytree import pytree, static
+from kvx.query import Query
 from kvx.tokens import Tokens
 
 
@@ -90,6 +92,7 @@ class Evict(Stage):
 
     def capacity(self, spec: Spec, layer: int) -> int:
         self.score.check(spec)
+        self.losers.check(spec)
         protected = self.sinks.most(spec.prompt) + (self.recent.most(spec.prompt) if self.recent else 0)
         return max(self.budget.capacity(spec, layer), protected)
 
@@ -130,6 +133,13 @@ class Evict(Stage):
         excess = jnp.where(excess >= self.every, excess, 0)
         store, carried = self.losers.step(store, carried, scores, excess, self.every, context)
         return store, (counts, sinks, recent, carried)
+
+    @property
+    def recalls(self) -> bool:  # type: ignore[override]
+        return self.losers.recalls
+
+    def recall(self, state: Any, query: Query, context: Context) -> Partial | None:
+        return self.losers.recall(state[-1], query, context) if self.recalls else None
 
     def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
         """The score, or its mean over the layer's heads."""

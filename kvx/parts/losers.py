@@ -5,13 +5,24 @@ from typing import Any, Protocol
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.evidence import Evidence, Requests
-from kvx.policy import Context
+from kvx.kernels.merge_partials import Partial
+from kvx.policy import Context, Spec
 from kvx.pytree import pytree
+from kvx.query import Query
 from kvx.tokens import Tokens
 
 
 class Losers(Protocol):
-    """The fate of the tokens a selection lets go."""
+    """The fate of the tokens a selection lets go.
+
+    Class attributes:
+        recalls: its state holds what became of them (`recall`).
+    """
+
+    recalls: bool = False
+
+    def check(self, spec: Spec) -> None:
+        """Refuse a model it cannot serve (BadInput)."""
 
     def observe(self, prefill: bool) -> Requests:
         """Evidence it reads, beside the score's."""
@@ -47,6 +58,10 @@ class Losers(Protocol):
     ) -> tuple[Any, Any]:
         """After a decode step: the store without its `excess` weakest tokens, of which there are at most `most`."""
         ...
+
+    def recall(self, state: Any, query: Query, context: Context) -> Partial | None:
+        """For `recalls`: attention over the tokens that left."""
+        return None
 
 
 @pytree
