@@ -1,20 +1,19 @@
 """Places: which storage a layer's cache lives in. Layers may own theirs, or share one; the map is part of the cache."""
 
 from functools import singledispatch
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from kvx.pytree import pytree, static
 
 
 @runtime_checkable
 class Place(Protocol):
-    """How to get at a layer's store in the cache's storage, and how to put it back.
+    """How to get at a layer's store in the cache's storage, and how to put it back."""
 
-    Class attributes:
-        shared: later layers may add to that slot while the cache is made.
-    """
-
-    shared: ClassVar[bool]
+    @property
+    def shared(self) -> bool:
+        """Whether the next layers may add to that slot while the cache is made; its newest place has the say."""
+        ...
 
     @property
     def slot(self) -> int:
@@ -35,7 +34,10 @@ class Own:
     """A storage slot of its own; several layers with the same slot share one store."""
 
     slot: int = static()
-    shared: ClassVar[bool] = False
+
+    @property
+    def shared(self) -> bool:
+        return False
 
     def load(self, storage: tuple[Any, ...]) -> Any:
         return storage[self.slot]

@@ -98,6 +98,7 @@ class Stage:
         measures: how many slots it needs is known only when the layer's evidence is (`need`).
         thins: tokens leave the residual stream after its layers (`thin`), so that no other policy can share the pass.
         recalls: its state holds what became of tokens that left (`recall`), so that it must see all of them leave.
+        aligned: its layers have to hold the same tokens in the same slots, so that nothing that selects can precede it.
     """
 
     bounded: bool = False
@@ -111,6 +112,7 @@ class Stage:
     measures: bool = False
     thins: bool = False
     recalls: bool = False
+    aligned: bool = False
 
     def at(self, layer: int, layers: int) -> "Stage | None":
         """This stage in one layer; None where it does not act."""
@@ -417,7 +419,7 @@ def chain(*policies: Policy) -> Policy:
     """One policy from several: any number of selections, then at most one that stores.
 
     Raises:
-        BadInput: nothing to chain, or a selection after a store.
+        BadInput: nothing to chain, a selection after a store, or one before a stage whose layers hold the same tokens.
     """
     if not policies:
         raise BadInput("chain: no policies given; allowed: one or more")
@@ -427,6 +429,13 @@ def chain(*policies: Policy) -> Policy:
             f"chain: {policies[-1].text!r} cannot evict at every step; allowed before it: policies that act once, "
             "after the prompt"
         )
+    for place, policy in enumerate(policies):
+        before = [stage for earlier in policies[:place] for stage in earlier.stages]
+        if any(stage.aligned for stage in policy.stages) and any(map(_selects, before)):
+            raise BadInput(
+                f"chain: {policy.text!r} needs the same tokens in the same slots of all layers, and before it each "
+                "layer selects its own; allowed before it: policies that keep every token"
+            )
     for policy in policies[:-1]:
         if any(stage.stores for stage in policy.stages):
             raise BadInput(
@@ -434,6 +443,10 @@ def chain(*policies: Policy) -> Policy:
                 "first, then at most one policy that stores"
             )
     return Policy(stages, "+".join(policy.text for policy in policies))
+
+
+def _selects(stage: Stage) -> bool:
+    return stage.thins or _overrides(stage, "keep")
 
 
 def _overrides(stage: Stage, hook: str) -> bool:

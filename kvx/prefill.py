@@ -16,7 +16,7 @@ from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
 from kvx.inputs import checked_labels, checked_policy, checked_prompt, traced
 from kvx.loop import attend, last_logits, pack_layer
-from kvx.mesh import Placement, place_rows, placement_of
+from kvx.mesh import Placement, place_cache, place_rows, placement_of
 from kvx.parts.amounts import whole
 from kvx.places import place
 from kvx.policy import Context, Layer, Policy, Spec, round_up
@@ -214,7 +214,9 @@ class _Plan:
         return KVCache(self.storage, tuple(self.places), tuple(self.states), *counters)
 
     def _pack(self, layer: int, tokens: Tokens, evidence: Evidence, lengths: Int[Array, "B"], plan: Any) -> None:
-        shared = tuple(self.storage[slot] for slot in sorted({where.slot for where in self.places if where.shared}))
+        # The last place in a slot says whether it is still open.
+        slots_open = {where.slot: where.shared for where in self.places}
+        shared = tuple(self.storage[slot] for slot, is_open in sorted(slots_open.items()) if is_open)
         context = Context(jnp.int32(layer), lengths, self.specs[layer], plan, shared)
         policy, slots = self.policies[layer], self.slots[layer]
         if policy.measures and not traced(lengths):

@@ -6,7 +6,6 @@ are data, and a read loops over as many blocks as the run has.
 """
 
 from dataclasses import replace
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +219,11 @@ class Run:
     length: Int[Array, "B"]
     capacity: int = static()
     slot: int = static()
-    shared: ClassVar[bool] = True
+
+    @property
+    def shared(self) -> bool:
+        """Every layer of the pool adds its run."""
+        return True
 
     def load(self, storage: tuple) -> Pooled:
         """The layer's view."""
