@@ -141,8 +141,12 @@ class Stage:
         """For `decides = "end"`: what this layer contributes to the decision over all layers."""
         return None
 
-    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
-        """For `decides = "end"`: each layer's share of the decision, from every layer's measure."""
+    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"], ends: Int[Array, "B"]) -> list[Any]:
+        """For `decides = "end"`: each layer's share of the decision, from every layer's measure.
+
+        Args:
+            ends: tokens that a row will hold at most: its prompt and what was asked for after it.
+        """
         return [None] * len(measures)
 
     def ascend(self, carry: Any, tokens: Tokens, evidence: Evidence, context: Context) -> Any:

@@ -117,7 +117,7 @@ def prefill(
     placement = placement_of(model)
     tokens, labels, lengths = place_rows(placement, (tokens, labels, lengths))
     specs = [Spec(block.spec, len(model.blocks), width, fewest, room) for block in model.blocks]
-    plans = [_Plan(each, specs, cache_dtype, placement) for each in policies]
+    plans = [_Plan(each, specs, max_new_tokens, cache_dtype, placement) for each in policies]
     if prefill_chunk is None:
         logits, seen = _whole(model, tokens, labels, lengths, plans)
     else:
@@ -159,7 +159,8 @@ def _check_company(policies: tuple[Policy, ...], prefill_chunk: int | None, comp
 class _Plan:
     """One policy's cache in the making: finished layers, or all layers' material if it decides at the end."""
 
-    def __init__(self, policy: Policy, specs: list[Spec], dtype: Any, placement: Placement | None):
+    def __init__(self, policy: Policy, specs: list[Spec], wanted: int, dtype: Any, placement: Placement | None):
+        self.wanted = jnp.int32(wanted)  # data, unlike the room it is rounded up to: it compiles nothing
         self.specs, self.dtype, self.placement = specs, dtype, placement
         self.policies = [policy.at(layer, len(specs)) for layer in range(len(specs))]
         # Also refuses impossible budgets, before any work.
@@ -193,7 +194,7 @@ class _Plan:
     def finish(self, lengths: Int[Array, "B"], seen: Int[Array, "B"]) -> KVCache:
         """The cache, once every layer is in; `seen` is each row's next true position."""
         if self.held:
-            shares = _plan_over_layers(self.policy, self.held, self.specs[0], lengths)
+            shares = _plan_over_layers(self.policy, self.held, self.specs[0], lengths, seen + self.wanted)
             for layer in range(len(self.held)):
                 tokens, evidence = self.held[layer]
                 self.held[layer] = None  # each layer's full keys and values go as soon as they are packed
@@ -233,13 +234,17 @@ class _Plan:
 
 @partial(jax.jit, static_argnames=("spec",))
 def _plan_over_layers(
-    policy: Policy, held: list[tuple[Tokens, Evidence]], spec: Spec, lengths: Int[Array, "B"]
+    policy: Policy,
+    held: list[tuple[Tokens, Evidence]],
+    spec: Spec,
+    lengths: Int[Array, "B"],
+    ends: Int[Array, "B"],
 ) -> list[tuple[Any, ...]]:
     """For every layer, each acting stage's share of what it decides over the layers where it acts."""
     shares: list[tuple[Any, ...]] = [()] * len(held)
     for stage in policy.stages:
         acting = [layer for layer in range(len(held)) if stage.at(layer, len(held)) is not None]
-        planned = stage.plan([stage.measure(*held[layer]) for layer in acting], spec, lengths)
+        planned = stage.plan([stage.measure(*held[layer]) for layer in acting], spec, lengths, ends)
         for layer, share in zip(acting, planned, strict=True):
             shares[layer] = (*shares[layer], share)
     return shares

@@ -32,8 +32,8 @@ class Budget(Protocol):
         """What a layer contributes to the split over layers."""
         return None
 
-    def allocate(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
-        """Each layer's part of the split; it comes back to `counts` as `context.plan`."""
+    def allocate(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"], ends: Int[Array, "B"]) -> list[Any]:
+        """Each layer's part of the split; it comes back to `counts` as `context.plan`. `ends` as in `Stage.plan`."""
         return [None] * len(measures)
 
     def capacity(self, spec: Spec, layer: int) -> int:
@@ -53,6 +53,10 @@ class Budget(Protocol):
         """The counts once more, at a decode step: a budget may grow with the text."""
         return counts
 
+    def part(self, share: float, counts: Int[Array, "B G"], sinks: Int[Array, "B"]) -> Int[Array, "B G"]:
+        """Whole slots in a share of the budget, by the counts that came of it beside `sinks` protected first tokens."""
+        return jnp.floor(share * counts + 1e-6).astype(jnp.int32)
+
     def at_least(self, counts: Int[Array, "B G"], protected: Int[Array, "B G"]) -> Int[Array, "B G"]:
         """Counts once more: with a share of a short prompt the protected tokens may outnumber the budget, and win."""
         return jnp.maximum(counts, protected)
@@ -70,6 +74,24 @@ class Uniform(Budget):
     def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
         counts = self.amount.of(context.lengths, context.spec.prompt)
         return jnp.broadcast_to(counts[:, None], mask.shape[:2])
+
+
+@pytree
+class BesidePrompt(Budget):
+    """For generated tokens alone: the prompt comes on top, whole, protected as sinks (`Share(1.0)`)."""
+
+    amount: Amount = static()
+
+    def capacity(self, spec: Spec, layer: int) -> int:
+        return spec.prompt + self.amount.most(spec.prompt)
+
+    def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
+        counts = context.lengths + self.amount.of(context.lengths, context.spec.prompt)
+        return jnp.broadcast_to(counts[:, None], mask.shape[:2])
+
+    def part(self, share: float, counts: Int[Array, "B G"], sinks: Int[Array, "B"]) -> Int[Array, "B G"]:
+        # The sinks are the prompt.
+        return jnp.floor(share * (counts - sinks[:, None]) + 1e-6).astype(jnp.int32)
 
 
 @pytree

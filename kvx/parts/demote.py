@@ -112,8 +112,8 @@ class Demote(Stage):
     def measure(self, tokens: Tokens, evidence: Evidence) -> Any:
         return self.host.measure(tokens, evidence)
 
-    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
-        return self.host.plan(measures, spec, lengths)
+    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"], ends: Int[Array, "B"]) -> list[Any]:
+        return self.host.plan(measures, spec, lengths, ends)
 
     def observe(self, prefill: bool) -> Requests:
         return self.host.observe(prefill) | self.lower.observe(prefill)

@@ -30,7 +30,7 @@ class Evict(Stage):
         sinks: the first tokens of the text, protected; `Share(1.0)` protects the whole prompt.
         recent: the last tokens, protected; None: none.
         first: a score that fills a share of the budget before `score` decides the rest; None: `score` decides alone.
-        share: of the budget, for `first`.
+        share: of the budget, for `first`; the recent tokens count among them.
         across: "head": every KV head ranks for itself; "layer": one ranking, the mean over heads.
         every: 0: act once, after the prompt (generated tokens come on top). n: also while decoding, whenever a head
             holds n tokens too many, which then leave at once (the budget is the total).
@@ -71,8 +71,8 @@ class Evict(Stage):
     def measure(self, tokens: Tokens, evidence: Evidence) -> Any:
         return self.budget.measure(tokens, evidence)
 
-    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
-        return self.budget.allocate(measures, spec, lengths)
+    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"], ends: Int[Array, "B"]) -> list[Any]:
+        return self.budget.allocate(measures, spec, lengths, ends)
 
     def observe(self, prefill: bool) -> Requests:
         wanted = reduce(or_, (score.observe(prefill) for score in self.scores)) | self.losers.observe(prefill)
@@ -114,7 +114,8 @@ class Evict(Stage):
         protected = jnp.isposinf(scores)
         counts = self.budget.counts(jnp.where(mask, scores, -jnp.inf), mask, context)
         counts = self.budget.at_least(counts, jnp.sum(protected & mask, axis=-1))
-        kept = top(self._filled(scores, tokens, mask, evidence, counts), mask, counts)
+        filled = self._filled(scores, tokens, mask, evidence, counts, sinks, recent)
+        kept = top(filled, mask, counts)
         tokens, carried = self.losers.settle(tokens, kept, mask & ~kept, evidence, context)
         return tokens, kept, (counts, sinks, recent, carried)
 
@@ -128,7 +129,7 @@ class Evict(Stage):
         tokens = store.tokens()
         counts = self.budget.grown(counts, evidence)
         scores = self._ranked(tokens, evidence, sinks, recent)
-        scores = self._filled(scores, tokens, tokens.present, evidence, counts)
+        scores = self._filled(scores, tokens, tokens.present, evidence, counts, sinks, recent)
         excess = jnp.sum(tokens.present, axis=-1) - counts
         excess = jnp.where(excess >= self.every, excess, 0)
         store, carried = self.losers.step(store, carried, scores, excess, self.every, context)
@@ -163,10 +164,13 @@ class Evict(Stage):
         mask: Bool[Array, "B G T"],
         evidence: Evidence,
         counts: Int[Array, "B G"],
+        sinks: Int[Array, "B"],
+        recent: Int[Array, "B"],
     ) -> Float[Array, "B G T"]:
         """The score, +inf also for those of the others that the first score takes."""
         if self.first is None:
             return scores
         others = mask & ~jnp.isposinf(scores)
-        taken = top(self.first.rank(tokens, evidence), others, jnp.floor(self.share * counts + 1e-6).astype(jnp.int32))
+        places = jnp.maximum(self.budget.part(self.share, counts, sinks) - recent[:, None], 0)
+        taken = top(self.first.rank(tokens, evidence), others, places, tokens.positions)
         return jnp.where(taken, jnp.inf, scores)

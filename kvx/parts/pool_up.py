@@ -44,12 +44,13 @@ class ByVariance(Budget):
         return jnp.mean((spread - low) / (high - low + 1e-6), axis=(1, 2))
 
     def allocate(
-        self, measures: list[Float[Array, "B"]], spec: Spec, lengths: Int[Array, "B"]
+        self, measures: list[Float[Array, "B"]], spec: Spec, lengths: Int[Array, "B"], ends: Int[Array, "B"]
     ) -> list[Int[Array, "B"]]:
         """Slots of each layer that takes part, per row."""
         concentration = jnp.stack(measures)
         shares = jnp.exp(-concentration) / jnp.sum(jnp.exp(-concentration), axis=0)
-        caps = jnp.broadcast_to(lengths + spec.room, shares.shape)
+        # What a layer cannot fill goes to the others: a budget that holds every token is the full cache in every layer.
+        caps = jnp.broadcast_to(ends, shares.shape)
         return list(largest_remainder(shares, len(measures) * self.amount.of(lengths, spec.prompt), caps))
 
     def capacity(self, spec: Spec, layer: int) -> int:
@@ -85,8 +86,8 @@ class PoolUp(Stage):
     def measure(self, tokens: Tokens, evidence: Evidence) -> Any:
         return self.split.measure(tokens, evidence)
 
-    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"]) -> list[Any]:
-        sizes = jnp.stack(self.split.allocate(measures, spec, lengths)) + 1
+    def plan(self, measures: list[Any], spec: Spec, lengths: Int[Array, "B"], ends: Int[Array, "B"]) -> list[Any]:
+        sizes = jnp.stack(self.split.allocate(measures, spec, lengths, ends)) + 1
         starts = jnp.cumsum(sizes, axis=0) - sizes
         return list(zip(starts, sizes, strict=True))
 

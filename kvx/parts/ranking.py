@@ -4,9 +4,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def ranks(scores: Float[Array, "*batch T"]) -> Int[Array, "*batch T"]:
-    """Place of each score, 0 = highest; in a tie the lower index comes first."""
-    order = jnp.argsort(-scores, axis=-1, stable=True)
+def ranks(scores: Float[Array, "*batch T"], positions: Int[Array, "*batch T"] | None = None) -> Int[Array, "*batch T"]:
+    """Place of each score, 0 = highest; in a tie the lower position comes first, or the lower index if none are given.
+
+    Slots of a store are not in order once they are reused: there the positions are needed.
+    """
+    if positions is None:
+        order = jnp.argsort(-scores, axis=-1, stable=True)
+    else:
+        order = jnp.lexsort((positions, -scores), axis=-1)
     places = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
     flat_order = order.reshape(-1, scores.shape[-1])
     rows = jnp.arange(flat_order.shape[0])[:, None]
@@ -14,9 +20,14 @@ def ranks(scores: Float[Array, "*batch T"]) -> Int[Array, "*batch T"]:
     return inverse.reshape(scores.shape)
 
 
-def top(scores: Float[Array, "*batch T"], mask: Bool[Array, "*batch T"], counts: Int[Array, "*batch"]):
-    """Mask of the `counts` highest scores among `mask` (fewer where the mask holds fewer)."""
-    return mask & (ranks(jnp.where(mask, scores, -jnp.inf)) < counts[..., None])
+def top(
+    scores: Float[Array, "*batch T"],
+    mask: Bool[Array, "*batch T"],
+    counts: Int[Array, "*batch"],
+    positions: Int[Array, "*batch T"] | None = None,
+) -> Bool[Array, "*batch T"]:
+    """Mask of the `counts` highest scores among `mask` (fewer where the mask holds fewer); ties as in `ranks`."""
+    return mask & (ranks(jnp.where(mask, scores, -jnp.inf), positions) < counts[..., None])
 
 
 def largest_remainder(

@@ -11,10 +11,13 @@ from jaxtyping import Array, Float, Shaped
 
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
-from kvx.kernels.prefill_attention.columns import SUM
+from kvx.kernels.prefill_attention.columns import SUM, Column
 from kvx.policy import Activations, Context, Spec
 from kvx.pytree import pytree, static
 from kvx.tokens import Tokens
+
+POOLED_SQUARE = Column(power=2, pooled=True)
+"""Squares of the mean probability over a group, summed over the queries."""
 
 GROUPS = {"mean": jnp.mean, "max": jnp.max, "sum": jnp.sum}
 """Reducers over the query heads of a KV head (axis 2 of evidence)."""
@@ -116,6 +119,31 @@ class ColumnMass(Score):
         if self.average == "sum":
             return tokens.stats["mass"]
         return tokens.stats["mass"] / jnp.maximum(evidence.seen[:, None, None] - tokens.positions, 1)
+
+
+@pytree
+class Deviation(Score):
+    """Standard deviation of the probability that a token received, over the queries at or after it.
+
+    RoCo (Ren and Zhu 2024): with p the mean over a KV head's query heads and c the number of queries so far at or
+    after the token, sqrt(max(sum p^2 / c - (sum p / c)^2, 0)); the difference of nearly equal numbers may round below
+    0. Needs `ColumnMass(group="mean")` beside it, which keeps the sum.
+    """
+
+    def observe(self, prefill: bool) -> Requests:
+        return Requests(columns=frozenset({POOLED_SQUARE})) if prefill else Requests(rows=1)
+
+    def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> dict[str, Shaped[Array, "B G T"]]:
+        before = tokens.stats.get("squares", jnp.zeros(tokens.positions.shape, jnp.float32))
+        return {"squares": before if evidence is None else before + evidence.columns[POOLED_SQUARE][:, :, 0]}
+
+    def update(self, stats: dict[str, Shaped[Array, "B G C"]], evidence: Evidence) -> dict[str, Shaped[Array, "B G C"]]:
+        return {"squares": stats["squares"] + jnp.mean(evidence.last_rows(1)[..., 0, :], axis=2) ** 2}
+
+    def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
+        count = jnp.maximum(evidence.seen[:, None, None] - tokens.positions, 1)
+        mean = tokens.stats["mass"] / count
+        return jnp.sqrt(jnp.maximum(tokens.stats["squares"] / count - mean**2, 0.0))
 
 
 @pytree

@@ -61,8 +61,8 @@ def test_competing_heads_conserve_the_total_of_every_row_that_has_as_many():
 def test_layers_split_by_variance_conserve_the_total_and_cap_short_rows():
     spec = batch().spec
     measures = [jnp.asarray([0.1, 0.9, 0.3]) * scale for scale in (0.2, 0.5, 1.0, 0.0)]
-    sizes = np.stack(ByVariance(Slots(30)).allocate(measures, spec, LENGTHS))
-    caps = np.asarray(LENGTHS) + spec.room
+    sizes = np.stack(ByVariance(Slots(30)).allocate(measures, spec, LENGTHS, LENGTHS + 7))
+    caps = np.asarray(LENGTHS) + 7
     np.testing.assert_array_equal(sizes.sum(axis=0), np.minimum(4 * 30, 4 * caps))
     assert np.all(sizes <= caps)
     assert np.all(sizes <= ByVariance(Slots(30)).capacity(spec, 0))

@@ -110,14 +110,26 @@ def test_golden_ratios():
     """f = [0.2, 0.5, 0.1, 0.4] at a fifth of the prompt: r = [0.2183, 0.1617, 0.2413, 0.1787]."""
     spec, lengths = context(10_000).spec, jnp.asarray([10_000], jnp.int32)
     measures = [jnp.asarray([f]) for f in (0.2, 0.5, 0.1, 0.4)]
-    sizes = np.stack(ByVariance(Slots(2000)).allocate(measures, spec, lengths))[:, 0]
+    sizes = np.stack(ByVariance(Slots(2000)).allocate(measures, spec, lengths, lengths))[:, 0]
     assert sizes.sum() == 8000
     np.testing.assert_allclose(sizes / 10_000, [0.2183, 0.1617, 0.2413, 0.1787], atol=1e-4)
 
 
+def test_a_budget_that_just_holds_prompt_and_answer_is_the_full_cache():
+    """Layers of unlike concentration ask for unlike shares, but none can take more than there will be tokens."""
+    text, lengths = prompts(70, 41)
+    answer = np.random.default_rng(3).integers(0, 97, (2, 9)).astype(np.int32)
+    scores = []
+    for policy in (policies.full(), policies.d2o(budget=79, skip=())):
+        logits, cache = kvx.prefill(model(num_hidden_layers=3), text, policy, lengths, max_new_tokens=9)
+        found, _ = kvx.teacher_forced(model(num_hidden_layers=3), answer, cache, policy, logits)
+        scores.append(np.asarray(found))
+    np.testing.assert_allclose(scores[1], scores[0], atol=2e-4)
+
+
 def test_equal_layers_get_equal_budgets():
     spec, lengths = context(100).spec, jnp.asarray([100], jnp.int32)
-    sizes = ByVariance(Slots(20)).allocate([jnp.asarray([0.3])] * 5, spec, lengths)
+    sizes = ByVariance(Slots(20)).allocate([jnp.asarray([0.3])] * 5, spec, lengths, lengths)
     np.testing.assert_array_equal(np.stack(sizes)[:, 0], 20)
 
 
@@ -154,7 +166,7 @@ def test_the_pool_is_one_storage_of_the_conserved_total():
 def settled(losers, keys, values, kept):
     """Tokens of one head after the prompt, and the threshold."""
     some, mask = tokens(1, len(keys), keys=[keys], values=[values]), jnp.asarray(kept)[None, None]
-    after, (threshold, _) = losers.settle(some, mask, ~mask, evidence(len(keys)))
+    after, (threshold, _) = losers.settle(some, mask, ~mask, evidence(len(keys)), context(len(keys)))
     return np.asarray(after.keys)[0, 0], np.asarray(after.values)[0, 0], float(threshold[0])
 
 
@@ -202,8 +214,8 @@ def test_above_one_the_threshold_recalls_nobody_and_the_step_is_a_drop(weights):
     store, scores = one_store(), jnp.asarray(np.random.default_rng(1).uniform(size=(1, 2, 16)), jnp.float32)
     excess = jnp.asarray([[1, 0]], jnp.int32)
     state = jnp.asarray([2.0]), jnp.asarray([True])
-    merged, _ = MergeNearest(alpha=1.0, weights=weights).step(store, state, scores, excess)
-    dropped, _ = Drop().step(store, None, scores, excess)
+    merged, _ = MergeNearest(alpha=1.0, weights=weights).step(store, state, scores, excess, 1, context(8))
+    dropped, _ = Drop().step(store, None, scores, excess, 1, context(8))
     for ours, theirs in zip(merged.dense(), dropped.dense(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -232,9 +244,9 @@ def test_the_threshold_is_a_moving_average_that_rows_without_losers_keep():
     store, scores = one_store(heads=1), jnp.zeros((1, 1, 16), jnp.float32)
     losers = MergeNearest(alpha=0.75)
     first = jnp.asarray([0.5]), jnp.asarray([True])
-    _, (kept, _) = losers.step(store, first, scores, jnp.asarray([[0]], jnp.int32))
+    _, (kept, _) = losers.step(store, first, scores, jnp.asarray([[0]], jnp.int32), 1, context(8))
     assert float(kept[0]) == 0.5
-    _, (moved, _) = losers.step(store, first, scores, jnp.asarray([[1]], jnp.int32))
+    _, (moved, _) = losers.step(store, first, scores, jnp.asarray([[1]], jnp.int32), 1, context(8))
     keys = np.asarray(store.keys)[0, 0, :12]
     unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
     likeness = (unit[:11] @ unit[11]).max()  # equal scores: the newest leaves
@@ -248,7 +260,7 @@ def test_zero_keys_and_lonely_tokens_do_not_poison_the_threshold():
         alone = one_store(heads=1, length=1)
         state = jnp.asarray([0.3]), jnp.asarray([True])
         store, (kept, _) = MergeNearest(weights=weights).step(
-            alone, state, jnp.zeros((1, 1, 16)), jnp.asarray([[1]], jnp.int32)
+            alone, state, jnp.zeros((1, 1, 16)), jnp.asarray([[1]], jnp.int32), 1, context(8)
         )
         assert float(kept[0]) == pytest.approx(0.3)
         assert np.isfinite(np.asarray(store.keys)).all()
