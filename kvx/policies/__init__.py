@@ -7,6 +7,7 @@ from kvx.policies.h2o import h2o
 from kvx.policies.kivi import kivi
 from kvx.policies.knorm import knorm
 from kvx.policies.mikv import mikv
+from kvx.policies.minicache import minicache
 from kvx.policies.pyramidkv import pyramidkv
 from kvx.policies.q_filters import q_filters
 from kvx.policies.quest import quest
@@ -24,6 +25,7 @@ __all__ = [
     "kivi",
     "knorm",
     "mikv",
+    "minicache",
     "names",
     "policy",
     "pyramidkv",
