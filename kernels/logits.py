@@ -5,6 +5,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvx.kernels.merge_partials import Partial
 
+SHARED = -1
+"""The label of keys that every query sees, if it does not come before them."""
+
 
 def visible(
     query_positions: Int[Array, "*#batch T 1"], key_positions: Int[Array, "*#batch 1 S"], window: int | None
@@ -17,9 +20,9 @@ def visible(
 def same_segment(
     queries: Int[Array, "B T"], keys: Int[Array, "B S"], visibility: Bool[Array, "N N"] | None
 ) -> Bool[Array, "B T S"]:
-    """Which keys a query may see by their labels: its own, or what row (query label) of the table allows."""
+    """Which keys a query may see by their labels: its own and SHARED, or what row (query label) of the table allows."""
     if visibility is None:
-        return queries[:, :, None] == keys[:, None, :]
+        return (queries[:, :, None] == keys[:, None, :]) | (keys[:, None, :] == SHARED)
     return visibility[queries[:, :, None], keys[:, None, :]]
 
 

@@ -58,7 +58,7 @@ def attend(
         lengths: of the rows' whole prompts, for statistics of near queries.
         marks: integers of the new tokens; those that were asked for travel in their statistics.
         segments: labels of the new tokens, if not all see each other.
-        visibility: which label sees which; None: each its own.
+        visibility: which label sees which; None: each its own, and SHARED.
 
     Returns:
         The layer's output, its new tokens, and the evidence over past and new tokens in that order.
@@ -86,6 +86,7 @@ def attend(
     )
     rows = None
     if requests.rows:
+        assert segments is None, "rows of probabilities are of tokens that all see each other"
         last, spots = last_queries(queries, positions, requests.rows)
         rows = window_rows(last, spots, keys, everything.positions, query.masking)
     peak = None
@@ -190,7 +191,8 @@ def decode_run(
         wanted = here.observe(prefill=False)
         query, fresh = project(block, x, positions)
         fresh = here.stats(marked(fresh, {name: marks[name] for name in wanted.marks}), None, context)
-        layer = here.before(Layer(where.load(storage), cache.states[index]), query, context)
+        store = where.load(storage) if provisional else here.settle(where.load(storage))
+        layer = here.before(Layer(store, cache.states[index]), query, context)
         store = layer.store.append(fresh)
         part, carry = here.read(store, query, carry, context)
         layer = Layer(store, layer.states)
@@ -206,6 +208,15 @@ def decode_run(
     taken = jnp.where((cache.room == ENDLESS) | provisional, 0, tokens.shape[1])
     after = cache.next if provisional else seen
     return model.unembed(x), KVCache(storage, cache.places, tuple(states), after, cache.room - taken)
+
+
+def settle(model: Decoder, cache: KVCache, policy: Policy) -> KVCache:
+    """Before a provisional run, what a decode step does first: every store is rewritten where its policy has waited."""
+    storage = cache.storage
+    for index, where in enumerate(cache.places):
+        here = policy.at(index, len(model.blocks))
+        storage = where.save(storage, here.settle(where.load(storage)))
+    return replace(cache, storage=storage)
 
 
 def forward(

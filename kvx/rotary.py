@@ -4,6 +4,8 @@ Stores receive unrotated queries and decide at which positions to rotate; so rot
 the layer, not something a model does in passing.
 """
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -20,16 +22,31 @@ class Rotary:
     Attributes:
         frequencies: radians per position, one per pair, float32, scaling (Llama 3, linear) already applied.
         magnitude: factor on cos and sin (YaRN's attention factor; 1 elsewhere).
+        held_whole: class attribute; on a mesh every device holds all of it, though its length may equal the rows.
     """
 
     frequencies: Float[Array, "P"]
     magnitude: Float[Array, ""] | float = 1.0
+    held_whole: ClassVar[bool] = True
 
     def __call__(self, x: Float[Array, "*batch D"], positions: Int[Array, "*#batch"]) -> Float[Array, "*batch D"]:
         """Rotate `x` (..., D) at integer `positions` that broadcast against its leading axes; float32 inside."""
+        return self._turned(x, positions, self.magnitude)
+
+    def back(self, x: Float[Array, "*batch D"], positions: Int[Array, "*#batch"]) -> Float[Array, "*batch D"]:
+        """What was rotated at these positions, as it was before."""
+        return self._turned(x, -positions, 1 / self.magnitude)
+
+    def onwards(self, x: Float[Array, "*batch D"], distance: Int[Array, "*#batch"]) -> Float[Array, "*batch D"]:
+        """What was rotated at any position p as if at p + distance: R(p + d) = R(d) R(p), the magnitude is in it."""
+        return self._turned(x, distance, 1.0)
+
+    def _turned(
+        self, x: Float[Array, "*batch D"], positions: Int[Array, "*#batch"], magnitude: Float[Array, ""] | float
+    ) -> Float[Array, "*batch D"]:
         pairs = self.frequencies.shape[0]
         angle = positions[..., None].astype(jnp.float32) * self.frequencies
-        cos, sin = jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
+        cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
         first, second = x[..., :pairs].astype(jnp.float32), x[..., pairs : 2 * pairs].astype(jnp.float32)
         turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
         return turned if 2 * pairs == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * pairs :]], axis=-1)

@@ -39,7 +39,7 @@ class Tokens:
     @property
     def raw_keys(self) -> Float[Array, "B G T D"]:
         """Keys before rotation; exact if the tokens carry them so, else turned back in float32."""
-        return self.rotary(self.keys, -self.positions) if self.rotated else self.keys
+        return self.rotary.back(self.keys, self.positions) if self.rotated else self.keys
 
     @property
     def present(self) -> Bool[Array, "B G T"]:

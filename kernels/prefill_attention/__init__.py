@@ -33,10 +33,10 @@ def prefill_attention(
         key_positions: true positions per KV head; -1 marks an empty slot or padding.
         scale, window, softcap: as in `kvx.decoder.AttentionSpec`.
         columns: statistics over the queries of the probability that a key received.
-        lengths: tokens of each row, for statistics of near queries.
+        lengths: tokens of each row, for statistics of near or of the last queries.
         segments: labels of queries and keys.
         visibility: entry (a, b): whether queries of label a see keys of label b; None: only their own label (packed
-            documents).
+            documents) and those of label SHARED.
         implementation: "reference", "xla", or None, which picks by platform.
 
     Returns:

@@ -1,13 +1,14 @@
 """Column statistics: what a key received from the queries, reduced over them; never an S x S array.
 
 A statistic is sum_i or max_i over the queries i of p_ij^power, p the probability of key j. H2O's column mass, the
-squares that a variance needs, and the mass that comes from near by are three settings of it.
+squares that a variance needs, the mass that comes from near by, and a vote of the last queries are settings of it.
 """
 
 from dataclasses import dataclass
 from math import inf
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -20,12 +21,16 @@ class Column:
         reduce: "sum" or "max" over the queries.
         pooled: the power acts on the mean probability of the query heads of a KV head, instead of on each.
         near: only queries that come fewer than ceil(near * length) tokens after the key count; length is the row's.
+        last: only the row's last floor(last * length) + 1 queries count.
+        rise: what the last query counts for; those before it less, linearly down to 1.
     """
 
     power: int = 1
     reduce: str = "sum"
     pooled: bool = False
     near: float = inf
+    last: float = inf
+    rise: float = 1.0
 
     def combine(self, first: Float[Array, "*shape"], second: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The statistic over two disjoint sets of queries."""
@@ -36,6 +41,7 @@ class Column:
         weights: Float[Array, "B G R T S"],
         total: Float[Array, "B G R T"],
         distance: Int[Array, "B G T S"],
+        positions: Int[Array, "B T"],
         lengths: Int[Array, "B"] | None,
     ) -> Float[Array, "B G R S"]:
         """The statistic over these queries.
@@ -43,18 +49,28 @@ class Column:
         Args:
             weights, total: unnormalised probabilities and their sums, p = weights / total.
             distance: tokens from key to query.
-            lengths: tokens of each row; read if `near` is finite.
+            positions: of the queries.
+            lengths: tokens of each row; read if `near` or `last` is finite.
         """
         shape = (*weights.shape[:3], weights.shape[-1])
         if self.near < inf:
             weights = jnp.where(self._near(distance, lengths)[:, :, None], weights, 0.0)
+        vote = self.votes(positions, lengths)[:, None, None]
         if self.pooled:
             mean = jnp.mean(weights / total[..., None], axis=2, keepdims=True)
-            return jnp.broadcast_to(self._reduced(mean**self.power), shape)
+            return jnp.broadcast_to(self._reduced(vote[..., None] * mean**self.power), shape)
         if self.reduce == "sum":
             # As matrix-vector products: they read the weights once and write no normalised copy.
-            return jnp.einsum("bgrt,bgrts->bgrs", 1 / total**self.power, weights**self.power)
-        return self._reduced((weights / total[..., None]) ** self.power)
+            return jnp.einsum("bgrt,bgrts->bgrs", vote / total**self.power, weights**self.power)
+        return self._reduced(vote[..., None] * (weights / total[..., None]) ** self.power)
+
+    def votes(self, positions: Int[Array, "B T"], lengths: Int[Array, "B"] | None) -> Float[Array, "B T"]:
+        """What each query counts for: 0 before the last ones, then rising from 1 to `rise`."""
+        if self.last == inf:
+            return jnp.ones(positions.shape, jnp.float32)
+        assert lengths is not None, "a statistic of the last queries needs the rows' lengths"
+        earlier = share_of(lengths, self.last)[:, None]
+        return risen(positions - (lengths[:, None] - 1 - earlier), earlier, self.rise)
 
     def _reduced(self, mapped: Float[Array, "B G R T S"]) -> Float[Array, "B G R S"]:
         return (jnp.max if self.reduce == "max" else jnp.sum)(mapped, axis=-2)
@@ -69,6 +85,17 @@ def near_width(lengths: Int[Array, "B"], near: float) -> Int[Array, "B"]:
     if near == inf:
         return jnp.full_like(lengths, jnp.iinfo(jnp.int32).max)
     return jnp.ceil(near * lengths - 1e-4).astype(jnp.int32)
+
+
+def share_of(lengths: Int[Array | np.ndarray, "*rows"], share: float) -> Int[Array | np.ndarray, "*rows"]:
+    """floor(share * length), of numpy's arrays too: one float32 product, which every backend rounds alike."""
+    return (lengths.astype("float32") * np.float32(share)).astype("int32")
+
+
+def risen(place: Int[Array, "*batch"], earlier: Int[Array, "*#batch"], rise: float) -> Float[Array, "*batch"]:
+    """Weight of the query at `place` among `earlier + 1`: linear from 1 at 0 to `rise` at the last; 0 elsewhere."""
+    slope = (rise - 1) * place.astype(jnp.float32) / jnp.maximum(earlier, 1)
+    return jnp.where((place >= 0) & (place <= earlier), 1 + slope, 0.0)
 
 
 SUM = Column()

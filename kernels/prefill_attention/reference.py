@@ -30,7 +30,7 @@ def prefill_attention(
         seen &= same_segment(*segments, visibility)[:, None, None]
     probabilities, lse = softmax_rows(jnp.where(seen, logits, -jnp.inf))
     distance = query_positions[:, None, None, :, None] - key_positions[:, :, None, None, :]
-    reduced = {column: _statistic(column, probabilities, distance, lengths) for column in columns}
+    reduced = {column: _statistic(column, probabilities, distance, query_positions, lengths) for column in columns}
     return jnp.einsum("bgrts,bgsv->bgrtv", probabilities, wide[2]), lse, reduced
 
 
@@ -38,6 +38,7 @@ def _statistic(
     column: Column,
     p: Float[Array, "B G R T S"],
     distance: Int[Array, "B G 1 T S"],
+    positions: Int[Array, "B T"],
     lengths: Int[Array, "B"] | None,
 ) -> Float[Array, "B G R S"]:
     """One column statistic, in the order of its definition."""
@@ -45,5 +46,5 @@ def _statistic(
         p = jnp.where(distance < near_width(lengths, column.near)[:, None, None, None, None], p, 0.0)
     if column.pooled:
         p = jnp.broadcast_to(jnp.mean(p, axis=2, keepdims=True), p.shape)
-    mapped = p**column.power
+    mapped = p**column.power * column.votes(positions, lengths)[:, None, None, :, None]
     return jnp.max(mapped, axis=-2) if column.reduce == "max" else jnp.sum(mapped, axis=-2)

@@ -78,7 +78,7 @@ def prefill_attention(
             weights, total, out, lse = attend(*item)
             distance = item[1][:, None, :, None] - spots[:, :, None, :]
             carry = {
-                column: column.combine(so_far, column.of(weights, total, distance, lengths))
+                column: column.combine(so_far, column.of(weights, total, distance, item[1], lengths))
                 for column, so_far in carry.items()
             }
             return carry, (out, lse)

@@ -7,10 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvx.kernels.logits import SHARED
 from kvx.kernels.prefill_attention import prefill_attention
 from kvx.kernels.prefill_attention.columns import MAX, SQUARE, SUM, Column
 
-COLUMNS = (SUM, SQUARE, MAX, Column(power=2, pooled=True), Column(near=0.3), Column(reduce="max", pooled=True))
+VOTE = Column(last=0.2, rise=1.2)
+COLUMNS = (
+    *(SUM, SQUARE, MAX, Column(power=2, pooled=True), Column(near=0.3), Column(reduce="max", pooled=True)),
+    *(VOTE, Column(power=2, reduce="max", last=0.4, rise=2.0)),
+)
 
 
 def case(batch, kv_heads, group, length, past, dim, lengths, seed=0):
@@ -100,6 +105,28 @@ def test_a_near_statistic_is_the_band_of_the_probabilities():
     )
     wanted = [sum(1 / (i + 1) for i in range(j, min(j + 12, 40))) for j in range(40)]
     np.testing.assert_allclose(np.asarray(found[near])[0, 0, 0], wanted, rtol=1e-5)
+
+
+def test_a_vote_of_the_last_queries_weighs_their_rows():
+    """Uniform attention over 40 tokens: rows 31 to 39 say 1 / (i + 1) of every key up to i, weights 1 to 1.2."""
+    queries, keys, values, spots, positions = case(1, 1, 1, 40, 0, 16, [40])
+    _, _, found = prefill_attention(
+        queries * 0, keys, values, spots, positions, scale=0.25, columns=(VOTE,), lengths=jnp.asarray([40], jnp.int32)
+    )
+    rows = np.tril(np.ones((40, 40))) / np.arange(1, 41)[:, None]
+    np.testing.assert_allclose(np.asarray(found[VOTE])[0, 0, 0], np.linspace(1, 1.2, 9) @ rows[31:], rtol=1e-5)
+
+
+def test_every_query_sees_the_keys_of_the_shared_label():
+    """Prefix, two contexts: the same as the table of the next test."""
+    operands = case(1, 1, 2, 90, 0, 16, [90])
+    labels = np.repeat([SHARED, 1, 2], [30, 40, 20])[None]
+    table = jnp.asarray([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+    outs = []
+    for names, visibility in ((labels, None), (np.maximum(labels, 0), table)):
+        names = jnp.asarray(names, jnp.int32)
+        outs.append(prefill_attention(*operands, scale=0.25, segments=(names, names), visibility=visibility)[0])
+    np.testing.assert_array_equal(*map(np.asarray, outs))
 
 
 def test_documents_do_not_see_each_other():
