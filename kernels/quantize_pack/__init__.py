@@ -41,6 +41,24 @@ def dequantize(
     return wide * scale.astype(jnp.float32)[..., None] + minimum.astype(jnp.float32)[..., None]
 
 
+def quantize_residual(
+    x: Float[Array, "*batch n"],
+    codes: UInt8[Array, "*batch n"],
+    scale: Float[Array, "*batch"],
+    minimum: Float[Array, "*batch"],
+    bits: int,
+) -> UInt8[Array, "*batch n"]:
+    """What `quantize` left, in as many bits again: l = round((x - c s - m) / (s / 2^bits)), offset by 2^(bits - 1).
+
+    Both together are one code of twice the width, (2^bits c + l) (s / 2^bits) + m with l from -2^(bits - 1). The error
+    is at most s / 2^(bits + 1), except where the rest is within that of +s / 2, which has no code: up to s / 2^bits.
+    """
+    half = 2 ** (bits - 1)
+    left = x.astype(jnp.float32) - dequantize(codes, scale, minimum)
+    steps = jnp.round(left * 2**bits / scale.astype(jnp.float32)[..., None])
+    return (jnp.clip(steps, -half, half - 1) + half).astype(jnp.uint8)
+
+
 def words(count: int, bits: int) -> int:
     """32-bit words that `count` codes fill; `count * bits` is a multiple of 32."""
     assert count * bits % 32 == 0, "checked when a policy is built"

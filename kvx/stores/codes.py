@@ -1,12 +1,17 @@
-"""Arrays of low-bit codes by slot: keys whose groups run along tokens, values whose groups run along channels."""
+"""Arrays of low-bit codes by slot: keys whose groups run along tokens, values whose groups run along channels.
+
+Codes may be nested (Tiwari et al. 2025, "QuantSpec"): what the upper code leaves is coded once more, in as many bits,
+on the same range, and lies in an array of its own. Read alone, the upper codes are an ordinary code of b bits; with the
+lower ones, one of 2b.
+"""
 
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int, UInt32
+from jaxtyping import Array, BFloat16, Float, Int, Shaped, UInt32
 
-from kvx.kernels.quantize_pack import pack, quantize, unpack
+from kvx.kernels.quantize_pack import pack, quantize, quantize_residual, unpack
 from kvx.pytree import pytree, static
 from kvx.stores.dense import scatter
 
@@ -22,24 +27,39 @@ class ChannelCodes:
     Attributes:
         words: codes of a slot's channels, w words to a slot.
         ranges: scale and minimum of each channel and block, see `_ranges`.
+        lower: codes of what `words` leave, laid out alike; None: not nested.
     """
 
     words: UInt32[Array, "B G w P"]
     ranges: UInt32[Array, "B G D M"]
     bits: int = static()
+    lower: UInt32[Array, "B G w P"] | None = None
 
     @classmethod
-    def encode(cls, rows: Float[Array, "B G P D"], bits: int, group: int) -> "ChannelCodes":
+    def encode(cls, rows: Float[Array, "B G P D"], bits: int, group: int, nested: bool = False) -> "ChannelCodes":
         """Rows in blocks of `group`, which divides their number."""
         channels = jnp.swapaxes(rows, -1, -2)
-        codes, scale, minimum = quantize(channels.reshape(*channels.shape[:3], -1, group), bits)
-        words = pack(jnp.swapaxes(codes.reshape(channels.shape), -1, -2), bits)
-        return cls(jnp.swapaxes(words, -1, -2), _ranges(scale, minimum), bits)
+        blocks = channels.reshape(*channels.shape[:3], -1, group)
+        codes, scale, minimum = quantize(blocks, bits)
 
-    def decode(self, after: Float[Array, "B G"] | None = None) -> Float[Array, "B G D P"]:
-        """c * s + m, float32, slots along the last axis as they lie; not before `after` is known."""
+        def packed(codes):
+            words = pack(jnp.swapaxes(codes.reshape(channels.shape), -1, -2), bits)
+            return jnp.swapaxes(words, -1, -2)
+
+        lower = packed(quantize_residual(blocks, codes, scale, minimum, bits)) if nested else None
+        return cls(packed(codes), _ranges(scale, minimum), bits, lower)
+
+    def decode(self, after: Float[Array, "B G"] | None = None, upper: bool = False) -> Float[Array, "B G D P"]:
+        """c * s + m, float32, slots along the last axis as they lie; not before `after` is known.
+
+        Args:
+            upper: without what is in `lower`.
+        """
         codes = _unpack_slots(_not_before(after, self.words), self.bits)
         blocks = codes.reshape(*self.ranges.shape, -1).astype(jnp.float32)
+        if self.lower is not None and not upper:
+            below = _unpack_slots(_not_before(after, self.lower), self.bits)
+            blocks = blocks + _steps(below.reshape(blocks.shape), self.bits)
         return (blocks * self.scale[..., None] + self.minimum[..., None]).reshape(codes.shape)
 
     def write(self, blocks: Int[Array, "B G m"], codes: "ChannelCodes") -> "ChannelCodes":
@@ -52,12 +72,15 @@ class ChannelCodes:
                 jnp.moveaxis(rows, 3, 2), mode="drop", unique_indices=True, indices_are_sorted=True
             )
 
-        shape = (*self.words.shape[:3], self.ranges.shape[-1], -1)
-        rows = codes.words.reshape(*shape[:3], codes.ranges.shape[-1], -1)
+        def put_words(array, words):
+            shape = (*array.shape[:3], self.ranges.shape[-1], -1)
+            return put(array.reshape(shape), words.reshape(*shape[:3], codes.ranges.shape[-1], -1)).reshape(array.shape)
+
         return replace(
             self,
-            words=put(self.words.reshape(shape), rows).reshape(self.words.shape),
+            words=put_words(self.words, codes.words),
             ranges=put(self.ranges, codes.ranges),
+            lower=None if self.lower is None else put_words(self.lower, codes.lower),
         )
 
     @property
@@ -78,28 +101,44 @@ class TokenCodes:
     Attributes:
         words: codes of a slot's channels, w words to a slot.
         ranges: scale and minimum of each slot and run, see `_ranges`.
+        lower: codes of what `words` leave, laid out alike; None: not nested.
     """
 
     words: UInt32[Array, "B G P w"]
     ranges: UInt32[Array, "B G P h"]
     bits: int = static()
+    lower: UInt32[Array, "B G P w"] | None = None
 
     @classmethod
-    def encode(cls, rows: Float[Array, "B G P V"], bits: int, group: int) -> "TokenCodes":
+    def encode(cls, rows: Float[Array, "B G P V"], bits: int, group: int, nested: bool = False) -> "TokenCodes":
         """Rows in runs of `group` channels, which divides their width."""
-        codes, scale, minimum = quantize(rows.reshape(*rows.shape[:3], -1, group), bits)
-        return cls(pack(codes.reshape(rows.shape), bits), _ranges(scale, minimum), bits)
+        runs = rows.reshape(*rows.shape[:3], -1, group)
+        codes, scale, minimum = quantize(runs, bits)
+        lower = None
+        if nested:
+            lower = pack(quantize_residual(runs, codes, scale, minimum, bits).reshape(rows.shape), bits)
+        return cls(pack(codes.reshape(rows.shape), bits), _ranges(scale, minimum), bits, lower)
 
-    def decode(self, after: Float[Array, "B G"] | None = None) -> Float[Array, "B G P V"]:
-        """c * s + m, float32; not before `after` is known."""
+    def decode(self, after: Float[Array, "B G"] | None = None, upper: bool = False) -> Float[Array, "B G P V"]:
+        """c * s + m, float32; not before `after` is known.
+
+        Args:
+            upper: without what is in `lower`.
+        """
         codes = unpack(_not_before(after, self.words), self.bits)
         runs = codes.reshape(*self.ranges.shape, -1).astype(jnp.float32)
+        if self.lower is not None and not upper:
+            below = unpack(_not_before(after, self.lower), self.bits)
+            runs = runs + _steps(below.reshape(runs.shape), self.bits)
         return (runs * self.scale[..., None] + self.minimum[..., None]).reshape(codes.shape)
 
     def write(self, slots: Int[Array, "B G m"], codes: "TokenCodes") -> "TokenCodes":
         """With the rows of `codes` in these slots, ascending; a slot beyond the last writes nothing."""
         return replace(
-            self, words=scatter(self.words, slots, codes.words), ranges=scatter(self.ranges, slots, codes.ranges)
+            self,
+            words=scatter(self.words, slots, codes.words),
+            ranges=scatter(self.ranges, slots, codes.ranges),
+            lower=None if self.lower is None else scatter(self.lower, slots, codes.lower),
         )
 
     @property
@@ -111,6 +150,11 @@ class TokenCodes:
     def minimum(self) -> Float[Array, "B G P h"]:
         """m of each slot and run."""
         return _minimum(self.ranges)
+
+
+def _steps(lower: Shaped[Array, "*batch n"], bits: int) -> Float[Array, "*batch n"]:
+    """Lower codes in steps of the upper ones: (l - 2^(b - 1)) / 2^b, exact in float32."""
+    return (lower.astype(jnp.float32) - 2.0 ** (bits - 1)) * 2.0**-bits
 
 
 def _ranges(scale: BFloat16[Array, "*batch"], minimum: BFloat16[Array, "*batch"]) -> UInt32[Array, "*batch"]:
