@@ -1,5 +1,6 @@
 """The cache: one immutable pytree that a model's whole past is."""
 
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Array, Int
@@ -33,6 +34,17 @@ class KVCache:
     def layers(self) -> tuple[Any, ...]:
         """Every layer's store: `.positions()`, `.dense()`, `.stats`."""
         return tuple(where.load(self.storage) for where in self.places)
+
+    def crop(self, next: Int[Array, "B"]) -> "KVCache":
+        """Without the tokens at or beyond these positions, which are each row's next ones; `room` stays.
+
+        Where `Policy.undoes` allows it.
+        """
+        return replace(self, storage=tuple(store.crop(next) for store in self.storage), next=next)
+
+    def narrow(self, on: bool = True) -> "KVCache":
+        """The view to draft with, or (not `on`) the whole one again; no array changes. Where `Policy.narrows`."""
+        return replace(self, storage=tuple(store.narrow(on) for store in self.storage))
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.decoder import AttentionSpec
@@ -56,7 +57,7 @@ class Context:
         lengths: length of each row's whole prompt, also while only a part of it has been seen.
         plan: this stage's and layer's share of a decision over all layers (`Stage.plan`); None if it decides by layer.
         storage: what earlier layers' stores put into the cache, for stores that share arrays.
-        evicting: static; some stage of the policy frees slots while decoding.
+        evicting: static; some stage of the policy frees slots while decoding (`Stage.evicts`).
     """
 
     layer: Int[Array, ""]
@@ -69,17 +70,21 @@ class Context:
 
 @pytree
 class Activations:
-    """A sample of what one layer computes, for calibration: N tokens of many texts, the same for every head.
+    """What one layer computes, for calibration: N tokens, the same for every head.
+
+    A sample over many texts; or, for a stage with a text of its own (`Stage.probe`), all tokens of that in order.
 
     Attributes:
         queries: rotated, R query heads for each KV head.
         keys: rotated.
         values: values.
+        spec: the layer's attention.
     """
 
     queries: Float[Array, "G R N D"]
     keys: Float[Array, "G N D"]
     values: Float[Array, "G N V"]
+    spec: AttentionSpec = static()
 
 
 class Stage:
@@ -93,11 +98,14 @@ class Stage:
         decides: "layer" (inside the layer loop), "cascade" (inside it, and again whenever a later layer comes), or
             "end" (when the evidence of all layers is known).
         stores: it answers `pack`, so that nothing can follow it in a chain.
-        learns: it has arrays that `kvx.calibrate` fills.
+        learns: it has arrays or hyperparameters that `kvx.calibrate` fills.
         append_only: its store cannot free slots for reuse, so that nothing that evicts while decoding can precede it.
         measures: how many slots it needs is known only when the layer's evidence is (`need`).
         thins: tokens leave the residual stream after its layers (`thin`), so that no other policy can share the pass.
-        recalls: its state holds what became of tokens that left (`recall`), so that it must see all of them leave.
+        recalls: its state (`recall`) or a tier of its store holds what became of tokens that left, so that it must see
+            all of them leave.
+        undoes: of a stage that stores: the most new tokens its store appends together and takes back (`crop`).
+        narrows: its store has a narrower view of the same arrays to draft with (`narrow`).
         aligned: its layers have to hold the same tokens in the same slots, so that nothing that selects can precede it.
     """
 
@@ -113,6 +121,21 @@ class Stage:
     thins: bool = False
     recalls: bool = False
     aligned: bool = False
+    undoes: int = 0
+    narrows: bool = False
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything at a decode step; a stage with such a hook may know when it does not."""
+        return any(_overrides(self, hook) for hook in ("before", "read", "step"))
+
+    @property
+    def evicts(self) -> bool:
+        """Whether it frees slots while decoding, so that its `capacity` limits a cache as long as there is room.
+
+        A stage may do so and yet not be `bounded`: one whose budget grows with the text.
+        """
+        return self.bounded
 
     def at(self, layer: int, layers: int) -> "Stage | None":
         """This stage in one layer; None where it does not act."""
@@ -127,6 +150,10 @@ class Stage:
 
         Called before any work: the place to refuse what cannot run on this model (BadInput).
         """
+        return None
+
+    def growth(self, spec: Spec, layer: int) -> int | None:
+        """The most of the `spec.room` tokens to come that a row and head hold at a time; None: all of them."""
         return None
 
     def layout(self, labels: Int[Array, "B T"], lengths: Int[Array, "B"]) -> "Layout | None":
@@ -184,6 +211,10 @@ class Stage:
         """The store that holds what is kept; None: no opinion."""
         return None
 
+    def settle(self, store: Any) -> Any:
+        """When every token held is there to stay: what rewrites its store without changing what is read."""
+        return store
+
     def before(self, store: Any, state: Any, query: Query, context: Context) -> tuple[Any, Any]:
         """Before a fresh token is appended: free a slot for it by its query."""
         return store, state
@@ -210,13 +241,28 @@ class Stage:
         """After a decode step has attended: update statistics, choose and free the next victim."""
         return store, state
 
+    def probe(self, vocabulary: int, longest: int, seed: int) -> Int[np.ndarray, "T"] | None:
+        """For `learns`: a text of its own to calibrate on, in place of the caller's; None: a sample of those.
+
+        Args:
+            vocabulary: number of token ids.
+            longest: the most tokens it may have.
+            seed: of anything random in it.
+        """
+        return None
+
     def digest(self, activations: Activations) -> Any:
         """For `learns`: what calibration keeps of one layer's activations; traced, layer by layer."""
         return None
 
     def calibrate(self, digests: list[Any]) -> "Stage":
-        """With its learned arrays filled from every layer's digest (`kvx.calibrate`)."""
+        """With its learned arrays, or hyperparameters, filled from every layer's digest (`kvx.calibrate`)."""
         return self
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """Hyperparameters that calibration filled, as the recipe's text writes them; arrays are not among them."""
+        return {}
 
 
 @pytree
@@ -226,12 +272,13 @@ class Layout:
     Attributes:
         positions: true positions, -1 for padding; tokens that do not see each other may share them.
         segments: labels by which `visibility` tells.
-        visibility: entry (a, b): whether a token of label a sees one of label b.
+        visibility: entry (a, b): whether a token of label a sees one of label b; None: only those of its own label,
+            and of label `SHARED` (`kvx.kernels.logits`).
     """
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
-    visibility: Bool[Array, "N N"]
+    visibility: Bool[Array, "N N"] | None = None
 
 
 @pytree
@@ -265,6 +312,11 @@ class Policy:
         return any(stage.bounded for stage in self.stages)
 
     @property
+    def lays_out(self) -> bool:
+        """Whether it has an opinion on where a prompt's tokens stand."""
+        return any(_overrides(stage, "layout") for stage in self.stages)
+
+    @property
     def rotated(self) -> bool:
         """Whether its store keeps rotated keys."""
         return all(stage.rotated for stage in self.stages)
@@ -283,7 +335,7 @@ class Policy:
     @property
     def alone(self) -> bool:
         """Whether no other policy can share its pass over the prompt: it changes what later layers compute."""
-        return any(stage.thins or _overrides(stage, "layout") for stage in self.stages)
+        return self.lays_out or any(stage.thins for stage in self.stages)
 
     @property
     def measures(self) -> bool:
@@ -291,9 +343,26 @@ class Policy:
         return any(stage.measures for stage in self.stages)
 
     @property
+    def undoes(self) -> int | None:
+        """The most new tokens that can be taken back as if they had never come; None: any number."""
+        if self.renumber or any(stage.acts for stage in self.stages):
+            return 0
+        return min((stage.undoes for stage in self.stages if stage.stores), default=None)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether its cache has a narrower view to draft with."""
+        return any(stage.narrows for stage in self.stages)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its learned arrays (filters, codebooks); reported beside the cache's bytes, not in them."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def evicts(self) -> bool:
+        """Whether slots become free while decoding."""
+        return any(stage.evicts for stage in self.stages)
 
     def observe(self, prefill: bool) -> Requests:
         """The union of what its stages read."""
@@ -310,17 +379,15 @@ class Policy:
         A stage that acts while decoding needs slots beyond its budget, since a fresh token is seen before anything
         leaves; other policies keep every generated token.
         """
-        return round_up(min([self.capacity(spec, layer) + spec.room, *self._bounds(spec, layer)]))
+        evicting = [stage for stage in self.stages if stage.evicts]
+        growths = [stage.growth(spec, layer) for stage in self.stages]
+        coming = min([spec.room, *(growth for growth in growths if growth is not None)])
+        return round_up(min([self.capacity(spec, layer) + coming, *_bounds(evicting, spec, layer)]))
 
     def endless(self, spec: Spec, layer: int) -> bool:
         """Whether these slots serve any number of new tokens; not where a budget exceeds prompt and room."""
-        bounds = self._bounds(spec, layer)
+        bounds = _bounds([stage for stage in self.stages if stage.bounded], spec, layer)
         return bool(bounds) and min(bounds) <= self.slots(spec, layer)
-
-    def _bounds(self, spec: Spec, layer: int) -> list[int]:
-        """The most tokens, a fresh one included, that each stage which acts while decoding lets a head hold."""
-        limits = [(stage.capacity(spec, layer), stage.overflow) for stage in self.stages if stage.bounded]
-        return [limit + overflow for limit, overflow in limits if limit is not None]
 
     def stats(self, tokens: Tokens, evidence: Evidence | None, context: Context) -> Tokens:
         """The tokens with every stage's statistics."""
@@ -334,7 +401,13 @@ class Policy:
     ) -> tuple[Tokens, Bool[Array, "B G T"], tuple[Any, ...]]:
         """What stays of the tokens at hand, and each stage's state."""
         tokens = self.stats(tokens, evidence, context)
-        mask, states = tokens.present, []
+        return self.keep(tokens, tokens.present, evidence, context)
+
+    def keep(
+        self, tokens: Tokens, mask: Bool[Array, "B G T"], evidence: Evidence, context: Context
+    ) -> tuple[Tokens, Bool[Array, "B G T"], tuple[Any, ...]]:
+        """What stays of the tokens in `mask`, whose statistics they carry, and each stage's state."""
+        states = []
         for stage, here in zip(self.stages, self._contexts(context), strict=True):
             tokens, mask, state = stage.keep(tokens, mask, evidence, here)
             states.append(state)
@@ -371,7 +444,11 @@ class Policy:
     def _contexts(self, context: Context) -> list[Context]:
         """Each stage's own share of what was planned over all layers."""
         plans = context.plan or (None,) * len(self.stages)
-        return [replace(context, plan=plan, evicting=self.bounded) for plan in plans]
+        return [replace(context, plan=plan, evicting=self.evicts) for plan in plans]
+
+    def settle(self, store: Any) -> Any:
+        """The same store, with what waited until every token was there to stay done."""
+        return reduce(lambda settled, stage: stage.settle(settled), self.stages, store)
 
     def before(self, layer: Layer, query: Query, context: Context) -> Layer:
         """One layer's cache with a slot freed for the fresh token, where a stage does so before attention."""
@@ -428,7 +505,12 @@ def chain(*policies: Policy) -> Policy:
     if not policies:
         raise BadInput("chain: no policies given; allowed: one or more")
     stages = tuple(stage for policy in policies for stage in policy.stages)
-    if stages and stages[-1].append_only and any(stage.bounded for stage in stages):
+    for policy in policies:
+        if policy.lays_out and len(stages) > 1:
+            raise BadInput(
+                f"chain: {policy.text!r} lets tokens share positions, by which other policies count; allowed: it alone"
+            )
+    if stages and stages[-1].append_only and any(stage.evicts for stage in stages):
         raise BadInput(
             f"chain: {policies[-1].text!r} cannot evict at every step; allowed before it: policies that act once, "
             "after the prompt"
@@ -451,6 +533,12 @@ def chain(*policies: Policy) -> Policy:
 
 def _selects(stage: Stage) -> bool:
     return stage.thins or _overrides(stage, "keep")
+
+
+def _bounds(stages: list[Any], spec: Spec, layer: int) -> list[int]:
+    """The most tokens, a fresh one included, that each of the stages lets a head hold while decoding."""
+    limits = [(stage.capacity(spec, layer), stage.overflow) for stage in stages]
+    return [limit + overflow for limit, overflow in limits if limit is not None]
 
 
 def _overrides(stage: Stage, hook: str) -> bool:

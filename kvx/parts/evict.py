@@ -50,6 +50,14 @@ class Evict(Stage):
 
     @property
     def bounded(self) -> bool:  # type: ignore[override]
+        return self.evicts and not self.budget.grows
+
+    @property
+    def evicts(self) -> bool:
+        return self.every > 0
+
+    @property
+    def acts(self) -> bool:  # type: ignore[override]
         return self.every > 0
 
     @property

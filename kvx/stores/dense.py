@@ -60,6 +60,10 @@ class Dense:
         """Without the tokens at or beyond these positions, as if they had never come."""
         return replace(self, slots=jnp.where(self.slots >= next[:, None, None], -1, self.slots))
 
+    def narrow(self, on: bool = True) -> "Dense":
+        """There is one view of it."""
+        return self
+
     def evict(self, slot: Int[Array, "B G"], when: Bool[Array, "B G"]) -> "Dense":
         """Mark one slot a head empty where `when`; its bytes are reused by the next token."""
         chosen = when[..., None] & (jnp.arange(self.slots.shape[-1]) == slot[..., None])
@@ -77,6 +81,10 @@ class Dense:
             keys=write_slot(self.keys, target, tokens.with_form(self.rotated).keys[:, :, 0]),
             values=write_slot(self.values, target, tokens.values[:, :, 0]),
         )
+
+    def write_values(self, slots: Int[Array, "B G n"], values: Float[Array, "B G n V"]) -> "Dense":
+        """Values overwritten at ascending, distinct slots, those beyond the last dropped; nothing else changes."""
+        return replace(self, values=scatter(self.values, slots, values))
 
     def tokens(self) -> Tokens:
         return Tokens(self.keys, self.values, self.slots, self.rotary, self.stats, self.rotated)
