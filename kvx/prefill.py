@@ -187,7 +187,14 @@ class _Plan:
             self.held.append((tokens, evidence))
         elif self.policy.decides == "cascade":
             context = Context(jnp.int32(layer), lengths, self.specs[layer])
-            self.carry = _ascend(self.policies[layer], self.carry, tokens.astype(self.dtype), evidence, context)
+            self.carry = _ascend(
+                self.policies[layer],
+                self.carry,
+                tokens.astype(self.dtype),
+                evidence,
+                context,
+                placement=self.placement,
+            )
         else:
             self._pack(layer, tokens, evidence, lengths, None)
 
@@ -255,14 +262,17 @@ def _need(policy: Policy, tokens: Tokens, evidence: Evidence, context: Context) 
     return policy.need(tokens, evidence, context)
 
 
-@jax.jit
-def _ascend(policy: Policy, carry: Any, tokens: Tokens, evidence: Evidence, context: Context) -> Any:
+@partial(jax.jit, static_argnames=("placement",), donate_argnames="carry")
+def _ascend(
+    policy: Policy, carry: Any, tokens: Tokens, evidence: Evidence, context: Context, *, placement: Placement | None
+) -> Any:
     (stage,) = policy.stages
-    return stage.ascend(carry, tokens, evidence, context)
+    carry = stage.ascend(carry, tokens, evidence, context)
+    return place_cache(placement, carry, len(context.lengths), context.spec.attention.kv_heads)
 
 
-@partial(jax.jit, static_argnames=("placement",))
 def _land(policy: Policy, carry: Any, context: Context, *, placement: Placement | None) -> Layer:
+    """Not compiled: what layers share passes through as it is, where a program would copy it for each."""
     (stage,) = policy.stages
     store, state = stage.land(carry, context)
     return place_cache(placement, Layer(store, (state,)), len(context.lengths), context.spec.attention.kv_heads)

@@ -7,7 +7,7 @@ tokens rank. Query heads of a group reduce by a named reducer, before pooling.
 from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
@@ -147,6 +147,33 @@ class Deviation(Score):
 
 
 @pytree
+class MeanPlusVariance(Score):
+    """What the last `window` queries give a token and how much they disagree about it, pooled along the sequence.
+
+    CAKE (Qin et al. 2025): pool_j(mean_h(mean_i p_ij + gamma Var_i p_ij)), the variance unbiased over the window; the
+    window itself is not pooled in. At a decode step the one new row is all there is, and it has no variance.
+    """
+
+    window: int = static(32)
+    gamma: float = static(200.0)
+    kernel: int = static(5)
+
+    def observe(self, prefill: bool) -> Requests:
+        return Requests(rows=self.window if prefill else 1)
+
+    def rank(self, tokens: Tokens, evidence: Evidence) -> Float[Array, "B G T"]:
+        rows = evidence.last_rows(self.window)
+        worth = jnp.mean(rows, axis=-2)
+        if rows.shape[-2] > 1:
+            worth = worth + self.gamma * jnp.var(rows, axis=-2, ddof=1)
+        outside = tokens.present & (tokens.positions < evidence.seen[:, None, None] - self.window)
+        worth = jnp.where(outside, jnp.mean(worth, axis=2), 0.0)
+        if rows.shape[-2] > 1:  # a prompt, in order
+            return pool(worth, self.kernel, "mean")
+        return pool_in_order(worth, tokens.positions, self.kernel, "mean")
+
+
+@pytree
 class KeyNorm(Score):
     """Minus the Euclidean norm of the key, in float32 (Devoto et al. 2024); rotation does not change it."""
 
@@ -217,3 +244,12 @@ def pool(scores: Float[Array, "B G T"], kernel: int, pooling: str) -> Float[Arra
     padded = jnp.pad(scores, ((0, 0), (0, 0), (half, half)), constant_values=fill)
     shifted = jnp.stack([padded[..., offset : offset + scores.shape[-1]] for offset in range(kernel)])
     return jnp.mean(shifted, axis=0) if pooling == "mean" else jnp.max(shifted, axis=0)
+
+
+def pool_in_order(
+    scores: Float[Array, "B G T"], positions: Int[Array, "B G T"], kernel: int, pooling: str
+) -> Float[Array, "B G T"]:
+    """Smooth over neighbours by true position, for slots that are in any order."""
+    order = jnp.argsort(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=-1)
+    pooled = pool(jnp.take_along_axis(scores, order, axis=-1), kernel, pooling)
+    return jnp.put_along_axis(jnp.zeros_like(pooled), order, pooled, axis=-1, inplace=False)

@@ -6,6 +6,7 @@ from kvx.policies.cam import cam
 from kvx.policies.d2o import d2o
 from kvx.policies.full import full
 from kvx.policies.h2o import h2o
+from kvx.policies.hashevict import hashevict
 from kvx.policies.kivi import kivi
 from kvx.policies.knorm import knorm
 from kvx.policies.less import less
@@ -31,6 +32,7 @@ __all__ = [
     "find",
     "full",
     "h2o",
+    "hashevict",
     "kivi",
     "knorm",
     "less",

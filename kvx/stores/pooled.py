@@ -49,6 +49,42 @@ class Pool:
             {name: jnp.zeros((batch, heads, total), jnp.float32) for name in tokens.stats},
         )
 
+    def compacted(self, source: Int[Array, "B G N"], present: Bool[Array, "B G N"]) -> "Pool":
+        """Every slot filled from `source`, which is never before the slot itself; empty where not `present`.
+
+        A sweep from the front, block by block, then reads nothing that it has overwritten: no second pool is needed.
+        """
+        total = self.slots.shape[-1]
+
+        def move(at, width: int, pool: Pool) -> Pool:
+            index = jax.lax.dynamic_slice_in_dim(source, at, width, axis=2)
+
+            def one(array):
+                rows = jnp.take_along_axis(array, index.reshape(*index.shape, *[1] * (array.ndim - 3)), axis=2)
+                return jax.lax.dynamic_update_slice_in_dim(array, rows, at, axis=2)
+
+            return jax.tree.map(one, pool)
+
+        first = total % BLOCK
+        pool = move(0, first, self)
+        pool = jax.lax.fori_loop(0, total // BLOCK, lambda turn, pool: move(first + turn * BLOCK, BLOCK, pool), pool)
+        return replace(pool, slots=jnp.where(present, pool.slots, -1))
+
+    def write(self, target: Int[Array, "B G T"], tokens: Tokens) -> "Pool":
+        """Tokens written to the slots `target`; those beyond the pool's end are left out."""
+        batch, heads = jnp.ogrid[: target.shape[0], : target.shape[1]]
+        where = (batch[..., None], heads[..., None], target)
+
+        def put(array, rows):
+            return array.at[where].set(rows.astype(array.dtype), mode="drop")
+
+        return Pool(
+            put(self.keys, tokens.with_form(rotated=True).keys),
+            put(self.values, tokens.values),
+            put(self.slots, tokens.positions),
+            {name: put(stat, tokens.stats[name]) for name, stat in self.stats.items()},
+        )
+
 
 @pytree
 class Pooled:
@@ -79,21 +115,8 @@ class Pooled:
         """The tokens in `mask` (at most `length` a head), written to the row's own run of the pool."""
         kept = tokens.with_form(rotated=True).select(mask, capacity)
         view = cls(pool, tokens.rotary, start, length, capacity)
-        batch, heads = jnp.ogrid[: mask.shape[0], : mask.shape[1]]
-        where = (batch[..., None], heads[..., None], view._places()[:, None])
-
-        def write(array, value):
-            return array.at[where].set(value.astype(array.dtype), mode="drop")
-
-        return replace(
-            view,
-            pool=Pool(
-                write(pool.keys, kept.keys),
-                write(pool.values, kept.values),
-                write(pool.slots, kept.positions),
-                {name: write(stat, kept.stats[name]) for name, stat in pool.stats.items()},
-            ),
-        )
+        places = jnp.broadcast_to(view._places()[:, None], kept.positions.shape)
+        return replace(view, pool=pool.write(places, kept))
 
     def append(self, tokens: Tokens) -> "Pooled":
         empty = jnp.where((self.positions() < 0) & self._owned()[:, None], jnp.arange(self.capacity), self.capacity)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kvx.policies import (
     adakv,
+    cake,
     d2o,
     full,
     h2o,
@@ -74,6 +75,8 @@ CASES: dict[str, Case] = {
     "adakv": Case(lambda budget: adakv(budget, window=8)),
     "adakv over h2o": Case(lambda budget: adakv(budget, window=8, score="h2o")),
     "q_filters": Case(_q_filters),
+    # It cuts earlier layers when later ones arrive, so a chunk cannot be cut by itself.
+    "cake": Case(lambda budget: cake(budget, window=8), chunked=False),
     "quest": Case(lambda budget: quest(budget, page=8, skip=(0,)), evicts=False),
     # Its first layer is exempt, so the budget says nothing about it; it decides when all layers are known.
     "d2o": Case(lambda budget: d2o(budget, skip=(0,)), evicts=False, chunked=False),
