@@ -60,6 +60,10 @@ class Renumbered:
         below = gone[..., None, :] & (self.places[..., None, :] < self.places[..., None])
         return Renumbered(inner, self.places - jnp.sum(below, axis=-1, dtype=jnp.int32))
 
+    def write_values(self, slots: Int[Array, "B G n"], values: Float[Array, "B G n V"]) -> "Renumbered":
+        """As `Dense.write_values`."""
+        return replace(self, inner=self.inner.write_values(slots, values))
+
     def tokens(self) -> Tokens:
         return self.inner.tokens()
 
