@@ -1,4 +1,4 @@
-"""Calibration: forward passes over a few texts that fill the learned arrays of a policy."""
+"""Calibration: forward passes over a few texts that fill what a policy learns: arrays, or hyperparameters."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,52 +17,77 @@ from kvx.inputs import checked_policy, checked_prompt
 from kvx.loop import attend, project
 from kvx.parts.amounts import whole
 from kvx.policy import Activations, Policy
+from kvx.policy_text import amended
 from kvx.prefill import embed
 
 
 def calibrate(
-    policy: Policy, model: Decoder, batches: Iterable[ArrayLike], *, rows: int = 3000, seed: int = 0
+    policy: Policy, model: Decoder, batches: Iterable[ArrayLike] = (), *, rows: int = 3000, seed: int = 0
 ) -> Policy:
-    """The policy with its learned arrays filled from what the model computes over some texts.
+    """The policy with what it learns filled from what the model computes over some texts.
 
     Layer by layer over all batches, so that one layer's activations exist at a time; every stage digests a layer
-    before the next one runs.
+    before the next one runs. A stage may bring a text of its own (razor_attention), for which it takes one more pass.
 
     Args:
         policy: stages that learn nothing stay as they are; without any that does, the model is not run.
         model: a decoder of `kvx.models`.
         batches: (B, T) token ids each, rows of full length: as long as the prompts to come, since directions of
-            rotated queries depend on the positions seen.
+            rotated queries depend on the positions seen. Not read if every stage that learns brings its own text.
         rows: tokens sampled over all batches, the same for every layer and head (Q-Filters: 3000).
-        seed: of that sample.
+        seed: of that sample, and of random texts.
 
     Returns:
-        A policy of equal text; `kvx.save_policy` keeps its arrays.
+        The calibrated policy. Its text names hyperparameters that were found; `kvx.save_policy` keeps both them and its
+        arrays.
 
     Raises:
-        BadInput: no batches, or token ids that the model does not have.
+        BadInput: no batches where they are read, token ids that the model does not have, or a text of a stage's own
+            that is longer than the model's positions.
     """
     policy = checked_policy(policy)
     whole(rows, "rows", least=1)
-    if not any(stage.learns for stage in policy.stages):
+    stages = list(policy.stages)
+    probes = {
+        index: stage.probe(model.vocabulary, model.max_positions, seed)
+        for index, stage in enumerate(stages)
+        if stage.learns
+    }
+    for index, probe in probes.items():
+        if probe is not None:
+            text, _ = checked_prompt(model, probe[None], None, (policy,), 0)
+            (digests,) = _digests([stages[index]], model, [text], [np.arange(text.size)])
+            stages[index] = stages[index].calibrate(digests)
+    sampling = [index for index, probe in probes.items() if probe is None]
+    if sampling:
+        texts = [checked_prompt(model, batch, None, (policy,), 0)[0] for batch in batches]
+        if not texts:
+            raise BadInput("batches is empty; allowed: at least one batch of token ids (B, T)")
+        picks = _sample([text.size for text in texts], rows, seed)
+        digested = _digests([stages[index] for index in sampling], model, texts, picks)
+        for index, digests in zip(sampling, digested, strict=True):
+            stages[index] = stages[index].calibrate(digests)
+    if not probes:
         return policy
-    texts = [checked_prompt(model, batch, None, (policy,), 0)[0] for batch in batches]
-    if not texts:
-        raise BadInput("batches is empty; allowed: at least one batch of token ids (B, T)")
-    picks = _sample([text.size for text in texts], rows, seed)
+    text = policy.text
+    for index in probes:
+        text = amended(text, index, stages[index].learned)
+    return replace(policy, stages=tuple(stages), text=text)
+
+
+def _digests(
+    stages: list[Any], model: Decoder, texts: list[Int[Array, "B T"]], picks: list[Int[np.ndarray, "N"]]
+) -> list[list[Any]]:
+    """What each stage keeps of every layer's activations at the picked tokens."""
     positions = [_positions(text) for text in texts]
     states = [embed(model, text) for text in texts]
-    digests = []
+    layers = []
     for block in model.blocks:
         parts = [_activations(block, *one) for one in zip(states, positions, picks, strict=True) if len(one[2])]
         activations = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-2), *parts)
-        digests.append(_digest(policy, activations))
+        layers.append(_digest(stages, activations))
         states = [attend(block, x, spots)[0] for x, spots in zip(states, positions, strict=True)]
-    stages = [
-        stage.calibrate([layer[index] for layer in digests]) if stage.learns else stage
-        for index, stage in enumerate(policy.stages)
-    ]
-    return replace(policy, stages=tuple(stages))
+    return [list(each) for each in zip(*layers, strict=True)]
 
 
 def _sample(sizes: list[int], rows: int, seed: int) -> list[Int[np.ndarray, "N"]]:
@@ -92,9 +117,9 @@ def _activations(
         flat = jnp.moveaxis(array, 0, -3)
         return flat.reshape(*flat.shape[:-3], -1, flat.shape[-1])[..., picks, :]
 
-    return Activations(picked(query.rotated), picked(tokens.rotated_keys), picked(tokens.values))
+    return Activations(picked(query.rotated), picked(tokens.rotated_keys), picked(tokens.values), block.spec)
 
 
 @jax.jit
-def _digest(policy: Policy, activations: Activations) -> list[Any]:
-    return [stage.digest(activations) if stage.learns else None for stage in policy.stages]
+def _digest(stages: list[Any], activations: Activations) -> list[Any]:
+    return [stage.digest(activations) for stage in stages]

@@ -5,7 +5,7 @@ output back; the layer loop (`kvx.loop`) does everything between. Hence no metho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
@@ -39,6 +39,10 @@ class AttentionSpec:
     def group(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
+
+    def only(self, kv_heads: int) -> "AttentionSpec":
+        """The same attention of fewer KV heads, with the query heads that read them."""
+        return replace(self, heads=kv_heads * self.group, kv_heads=kv_heads)
 
 
 @runtime_checkable

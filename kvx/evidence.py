@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.prefill_attention.columns import Column
@@ -76,6 +77,20 @@ class Evidence:
             columns={column: found for column, found in self.columns.items() if column in requests.columns},
             query_peak=self.query_peak if requests.query else None,
             queries=self.queries if requests.queries else None,
+        )
+
+    def heads(self, index: Int[Array | np.ndarray, "_"]) -> "Evidence":
+        """What was seen of these KV heads."""
+
+        def some(array):
+            return None if array is None else array[:, index]
+
+        return Evidence(
+            self.seen,
+            some(self.rows),
+            {column: found[:, index] for column, found in self.columns.items()},
+            some(self.query_peak),
+            some(self.queries),
         )
 
     def last_rows(self, count: int) -> Float[Array, "B G R W S"]:

@@ -14,7 +14,6 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvx.errors import BadInput
-from kvx.rotary import Rotary
 
 Tree = TypeVar("Tree")
 
@@ -129,7 +128,8 @@ def place_cache(placement: Placement | None, layer: Tree, rows: int, kv_heads: i
     """One layer's part of a cache, split by rows and KV heads; unchanged without a placement.
 
     An array's first axis is taken for rows if it has as many entries, and its second for KV heads likewise. What has
-    no head axis (one run of slots for all heads, a count per row) is split by rows only.
+    no head axis (one run of slots for all heads, a count per row), or one of only some heads (stores by head), is split
+    by rows only. Parts that say so (`held_whole`) are not split at all.
 
     Propagation alone places what is computed from tokens; arrays born inside (a pool of zeros) need to be told.
 
@@ -142,11 +142,15 @@ def place_cache(placement: Placement | None, layer: Tree, rows: int, kv_heads: i
         return layer
 
     def put(leaf: Any) -> Any:
-        # Rotary frequencies are weights that a store carries along; their count may happen to equal the rows.
-        if isinstance(leaf, Rotary):
+        # Such as rotary frequencies, weights that a store carries along; their count may happen to equal the rows.
+        if _held_whole(leaf):
             return jax.tree.map(lambda array: placement.put(array, ()), leaf)
         by_rows = leaf.shape[:1] == (rows,)
         by_heads = by_rows and leaf.shape[1:2] == (kv_heads,)
         return placement.put(leaf, ("rows" if by_rows else None, "kv_heads" if by_heads else None))
 
-    return jax.tree.map(put, layer, is_leaf=lambda node: isinstance(node, Rotary))
+    return jax.tree.map(put, layer, is_leaf=_held_whole)
+
+
+def _held_whole(node: Any) -> bool:
+    return getattr(type(node), "held_whole", False)

@@ -1,6 +1,9 @@
 """Queries as stores receive them: unrotated, with their true positions, so that a store rotates by its own rule."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvx.decoder import AttentionSpec
@@ -32,6 +35,10 @@ class Query:
         batch, length, _, dim = heads.shape
         grouped = heads.reshape(batch, length, spec.kv_heads, spec.group, dim)
         return cls(jnp.transpose(grouped, (0, 2, 3, 1, 4)), positions, rotary, spec)
+
+    def heads(self, index: Int[Array | np.ndarray, "_"]) -> "Query":
+        """The queries of these KV heads, under a spec of so many."""
+        return replace(self, raw=self.raw[:, index], spec=self.spec.only(len(index)))
 
     @property
     def rotated(self) -> Float[Array, "B G R T D"]:

@@ -20,9 +20,11 @@ class Budget(Protocol):
 
     Class attributes:
         decides: "layer", or "end" for a split that needs every layer's measure.
+        grows: `grown` knows no end; `capacity` then covers the prompt and the room after it.
     """
 
     decides: str = "layer"
+    grows: bool = False
 
     def observe(self) -> Requests:
         """Evidence that the measure of a layer reads."""

@@ -98,6 +98,15 @@ class Demote(Stage):
         return self.host.bounded and self.lower.constant
 
     @property
+    def evicts(self) -> bool:
+        return self.host.evicts and self.lower.constant
+
+    @property
+    def recalls(self) -> bool:  # type: ignore[override]
+        # A tier of constant size holds no single tokens, so none can come back into the next chunk's attention.
+        return self.lower.constant
+
+    @property
     def overflow(self) -> int:  # type: ignore[override]
         return 2
 
@@ -166,4 +175,4 @@ class Demote(Stage):
         The most over all layers, since one compiled body serves equal layers.
         """
         most = max(self.host.capacity(spec, layer) for layer in range(spec.layers))
-        return round_up(most + 2 if self.host.bounded else most + spec.room)
+        return round_up(most + 2 if self.host.evicts else most + spec.room)

@@ -22,6 +22,7 @@ from kvx.policies.registry import find, names, policy
 from kvx.policies.roco import roco
 from kvx.policies.snapkv import snapkv
 from kvx.policies.streaming_llm import streaming_llm
+from kvx.policies.tidaldecode import tidaldecode
 from kvx.policies.tova import tova
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "roco",
     "snapkv",
     "streaming_llm",
+    "tidaldecode",
     "tova",
 ]

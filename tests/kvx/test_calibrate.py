@@ -12,6 +12,7 @@ from kvx.loop import project
 from kvx.parts.scores import Projection, query_directions
 from kvx.policies import full, q_filters, snapkv
 from kvx.policy import Activations
+from tests.kvx.policies.direct import attention
 from tests.tiny import model, prompts
 
 
@@ -72,15 +73,16 @@ def test_a_tie_of_votes_is_decided_by_the_sum():
 
 def test_filters_are_the_plain_mean_over_the_query_heads_of_a_group():
     sample, _ = queries(shape=(2, 3, 100))
-    found = Projection().digest(Activations(sample, sample[:, 0], sample[:, 0]))
+    found = Projection().digest(Activations(sample, sample[:, 0], sample[:, 0], attention(6, 2, 16)))
     np.testing.assert_allclose(found, jnp.mean(query_directions(sample), axis=1), atol=1e-6)
     opposite = jnp.stack([sample[0, 0], -sample[0, 0]])[None]
-    np.testing.assert_allclose(Projection().digest(Activations(opposite, sample[:1, 0], sample[:1, 0])), 0, atol=1e-5)
+    found = Projection().digest(Activations(opposite, sample[:1, 0], sample[:1, 0], attention(2, 1, 16)))
+    np.testing.assert_allclose(found, 0, atol=1e-5)
 
 
 def test_with_one_query_head_a_group_the_filter_is_its_direction():
     sample, _ = queries(shape=(2, 1, 100))
-    found = Projection().digest(Activations(sample, sample[:, 0], sample[:, 0]))
+    found = Projection().digest(Activations(sample, sample[:, 0], sample[:, 0], attention(2, 2, 16)))
     np.testing.assert_allclose(jnp.linalg.norm(found, axis=-1), 1.0, atol=1e-5)
 
 
