@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,10 @@ class _Job:
         batch = documents(tokenizer, self.prose.haystack, *self.workload.calibration)
         # One text at a time: calibration is no faster in a batch, and its peak is a quarter.
         texts = [batch[row : row + 1] for row in range(len(batch))]
-        self.policies = [kvx.calibrate(policy, decoder, texts, seed=self.seed) for policy in self.policies]
+        # Results stay under the text that was asked for, whatever hyperparameters calibration adds to it.
+        self.policies = [
+            replace(kvx.calibrate(policy, decoder, texts, seed=self.seed), text=policy.text) for policy in self.policies
+        ]
         for policy in self.policies:
             self.rows[policy.text].policy_bytes = policy.nbytes
 
