@@ -1,0 +1,132 @@
+"""The store of chosen slots: everything kept; one layer reads it all and chooses, others read what was chosen below."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from kvx.kernels.decode_attention import decode_attention, slot_logits, ungroup
+from kvx.kernels.logits import partial_softmax
+from kvx.kernels.merge_partials import Partial
+from kvx.pytree import pytree, static
+from kvx.query import Query
+from kvx.stores.base import nbytes
+from kvx.stores.dense import Dense
+from kvx.tokens import Tokens
+
+
+@pytree
+class Chosen:
+    """A dense store that knows how many of its slots a step reads.
+
+    Slots mean the same tokens in every layer, since all append in one order and none lets go; so a choice of slots
+    made in one layer serves another.
+
+    Attributes:
+        inner: the slots.
+        budget: slots that a choice holds, per row.
+        most: static bound on `budget`.
+        recent: newest tokens that every choice holds, the query's own included.
+        sets: choices of a KV head: one for each of its query heads, or one for all.
+        group: by which of their probabilities query heads that share choose, "max" or "mean"; None: they do not share.
+        sparse: it reads by choices from below, else all.
+    """
+
+    inner: Dense
+    budget: Int[Array, "B"]
+    most: int = static()
+    recent: int = static()
+    sets: int = static()
+    group: str | None = static()
+    sparse: bool = static()
+
+    def append(self, tokens: Tokens) -> "Chosen":
+        return replace(self, inner=self.inner.append(tokens))
+
+    def read(self, query: Query) -> Partial:
+        """Over every token, whatever was chosen."""
+        return self.inner.read(query)
+
+    def choose(self, query: Query) -> tuple[Partial, Int[Array, "B G N T M"]]:
+        """Attention over every token, and the slots of the largest probabilities, best first; in a tie the lower slot.
+
+        N is `sets`; -1 beyond the row's budget.
+        """
+        batch, heads, group, length, _ = query.raw.shape
+        slots = self.inner.slots
+        logits = slot_logits(query.rotated, self.inner.keys, query.positions, slots, **query.masking)
+        part = ungroup(partial_softmax(logits, self.inner.values), group)
+        # As logarithms: a probability that is 0 in float32 still has its place in the order.
+        lse = jnp.where(jnp.isfinite(part.lse), part.lse, 0.0)[..., None]
+        scores = logits.reshape(batch, heads, group, length, -1) - lse
+        if self.group == "max":
+            scores = jnp.max(scores, axis=2, keepdims=True)
+        elif self.group == "mean":
+            scores = jax.nn.logsumexp(scores, axis=2, keepdims=True)
+        age = query.positions[:, None, :, None] - slots[:, :, None]
+        forced = (slots[:, :, None] >= 0) & (age >= 0) & (age < self.recent)
+        _, index = jax.lax.top_k(jnp.where(forced[:, :, None], jnp.inf, scores), self.most)
+        taken = jnp.arange(self.most) < self.budget[:, None, None, None, None]
+        return part, jnp.where(taken, index, -1)
+
+    def read_at(self, query: Query, chosen: Int[Array, "B G N T M"]) -> Partial:
+        """Attention over these slots only: of each query head's choice, or its KV head's."""
+        batch, heads, group, length, dim = query.raw.shape
+        sets, most = chosen.shape[2], chosen.shape[4]
+        # A choice is a row of its own keys: queries fold into the batch, choices into the heads.
+        index = jnp.moveaxis(chosen, 3, 1)
+        own = jnp.moveaxis(query.rotated.reshape(batch, heads, sets, -1, length, dim), 4, 1)
+        flat = jnp.maximum(jnp.swapaxes(index, 1, 2).reshape(batch, heads, -1), 0)
+
+        def gathered(array: Shaped[Array, "B G C *rest"]) -> Array:
+            rows = jnp.take_along_axis(array, flat.reshape(*flat.shape, *[1] * (array.ndim - 3)), axis=2)
+            rows = rows.reshape(batch, heads, length, sets, most, *array.shape[3:])
+            return jnp.swapaxes(rows, 1, 2).reshape(batch * length, heads * sets, most, *array.shape[3:])
+
+        index = index.reshape(batch * length, heads * sets, most)
+        part = decode_attention(
+            own.reshape(batch * length, heads * sets, group // sets, 1, dim),
+            gathered(self.inner.keys),
+            gathered(self.inner.values),
+            query.positions.reshape(-1, 1),
+            jnp.where(index >= 0, gathered(self.inner.slots), -1),
+            **query.masking,
+        )
+
+        def by_heads(array: Array) -> Array:
+            array = array.reshape(batch, length, heads, group, *array.shape[4:])
+            return jnp.moveaxis(array, 1, 3)
+
+        return Partial(by_heads(part.out), by_heads(part.lse))
+
+    def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
+        return self.inner.probabilities(query, lse)
+
+    def crop(self, next: Int[Array, "B"]) -> "Chosen":
+        """Without the tokens at or beyond these positions."""
+        return replace(self, inner=self.inner.crop(next))
+
+    def tokens(self) -> Tokens:
+        return self.inner.tokens()
+
+    def positions(self) -> Int[Array, "B G C"]:
+        return self.inner.slots
+
+    def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
+        return self.inner.dense()
+
+    @property
+    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
+        return self.inner.stats
+
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Chosen":
+        return replace(self, inner=self.inner.with_stats(stats))
+
+    def bytes_read(self) -> int:
+        """Of a sparse layer: the keys and values of its choices, no slot counted twice, and every position."""
+        if not self.sparse:
+            return nbytes(self)
+        keys, values, slots = self.inner.keys, self.inner.values, self.inner.slots
+        rows = min(self.sets * self.most, slots.shape[-1])
+        return (keys.nbytes + values.nbytes) * rows // slots.shape[-1] + slots.nbytes + self.budget.nbytes
