@@ -22,6 +22,7 @@ from kvx.policies import (
     pyramidkv,
     q_filters,
     quest,
+    razor_attention,
     snapkv,
     streaming_llm,
     tova,
@@ -78,6 +79,14 @@ CASES: dict[str, Case] = {
     # It cuts earlier layers when later ones arrive, so a chunk cannot be cut by itself.
     "cake": Case(lambda budget: cake(budget, window=8), chunked=False),
     "quest": Case(lambda budget: quest(budget, page=8, skip=(0,)), evicts=False),
+    # Its retrieval heads keep everything, and the mean tokens of the others have to see every token leave.
+    "razor_attention": Case(
+        lambda budget: razor_attention(int(budget) - 5, heads=((0, 1), (2, 0), (2, 1))), evicts=False, chunked=False
+    ),
+    # In slots only: a buffer is a number of tokens.
+    "razor_attention without retrieval heads": Case(
+        lambda budget: razor_attention(int(budget) - 5, ratio=None, heads=()), evicts=False, chunked=False
+    ),
     # Its first layer is exempt, so the budget says nothing about it; it decides when all layers are known.
     "d2o": Case(lambda budget: d2o(budget, skip=(0,)), evicts=False, chunked=False),
     "kivi": Case(lambda budget: _kivi(), lambda budget: kivi(bits=None), evicts=False),
