@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,7 @@ Heads = tuple[tuple[int, int], ...]
 """(layer, KV head) pairs."""
 
 
+@runtime_checkable
 class Search(Protocol):
     """How calibration finds which heads follow the first rule."""
 
