@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 import kvx
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
+from kvx.eval.shared_pass import prefill_each
 
 WORKERS = 2
 """Policies that run at a time where nothing is timed."""
@@ -42,13 +43,13 @@ def perplexities(
         The perplexity over all rows and forced tokens, the cache's bytes, and what they would be in bfloat16.
     """
     forced = documents[:, prompt:]
-    logits, caches = kvx.prefill(model, documents[:, :prompt], tuple(policies), max_new_tokens=forced.shape[1])
-    assert isinstance(caches, tuple), "a tuple of policies gives a tuple of caches"
+    started = prefill_each(model, documents[:, :prompt], policies, forced.shape[1])
 
-    def one(policy: kvx.Policy, cache: KVCache) -> tuple[float, int, int]:
+    def one(policy: kvx.Policy, start: tuple[Float[Array, "B N"], KVCache]) -> tuple[float, int, int]:
+        logits, cache = start
         sizes = cache.nbytes, as_bfloat16(cache)
         scores, _ = kvx.teacher_forced(model, forced, cache, policy, logits)
         return float(jnp.exp(-jnp.mean(scores))), *sizes
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        yield from pool.map(one, policies, caches)
+        yield from pool.map(one, policies, started)

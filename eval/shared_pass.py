@@ -1,0 +1,28 @@
+"""One pass over a prompt for all policies that can share it; the others run alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+import kvx
+from kvx.cache import KVCache
+from kvx.decoder import Decoder
+
+
+def prefill_each(
+    model: Decoder, tokens: Int[np.ndarray, "B T"], policies: Sequence[kvx.Policy], max_new_tokens: int
+) -> list[tuple[Float[Array, "B N"], KVCache]]:
+    """Logits after the prompt and the cache, for every policy in order.
+
+    A policy that changes what later layers compute (`Policy.alone`) has its own logits; all others share them, and the
+    time of the pass.
+    """
+    together = [policy for policy in policies if not policy.alone]
+    logits, caches = kvx.prefill(model, tokens, tuple(together), max_new_tokens=max_new_tokens)
+    assert isinstance(caches, tuple), "a tuple of policies gives a tuple of caches"
+    shared = iter(caches)
+    return [
+        kvx.prefill(model, tokens, policy, max_new_tokens=max_new_tokens) if policy.alone else (logits, next(shared))
+        for policy in policies
+    ]
