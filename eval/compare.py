@@ -29,6 +29,7 @@ from kvx.eval.perplexity import WORKERS, as_bfloat16, perplexities
 from kvx.eval.progress import Steps
 from kvx.eval.prose import Prose, documents
 from kvx.eval.results import PolicyResult, Results
+from kvx.eval.shared_pass import prefill_each
 from kvx.eval.stopwatch import Stopwatch
 
 DEFAULTS = (
@@ -217,8 +218,7 @@ class _Job:
         step("prefill")
         with self.watch.phase("passkey: prefill"):
             room = len(prompt.question) + ANSWER
-            _, caches = kvx.prefill(decoder, ids, tuple(self.policies), max_new_tokens=room)
-            assert isinstance(caches, tuple), "a tuple of policies gives a tuple of caches"
+            caches = [cache for _, cache in prefill_each(decoder, ids, self.policies, room)]
             jax.block_until_ready(caches)
         if length == self.workload.longest and not aware:
             for policy, cache in zip(self.policies, caches, strict=True):
