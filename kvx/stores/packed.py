@@ -177,6 +177,11 @@ class Packed:
 
         return masked(packed, self.slots), masked(ring, self.tail.slots)
 
+    @property
+    def unit(self) -> int:
+        """Tokens that leave together."""
+        return self.group
+
     def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Packed":
         """Free the key group with the lowest mean score, of a head that holds at least a group too much.
 
