@@ -19,12 +19,16 @@ from kvx.policies import (
     kivi,
     knorm,
     mikv,
+    minicache,
+    pyramidinfer,
     pyramidkv,
     q_filters,
     quest,
     razor_attention,
+    shadowkv,
     snapkv,
     streaming_llm,
+    tidaldecode,
     tova,
 )
 from kvx.policy import Policy, chain
@@ -39,12 +43,14 @@ class Case:
         lossless: the same with every code exact (bits=None); None: it has no codes.
         evicts: tokens leave, so that the budget bounds what is kept.
         chunked: it can be cut after every prefill chunk.
+        reads: how often a step reads the same array: more than once where layers share it.
     """
 
     build: Callable[[int | float], Policy]
     lossless: Callable[[int | float], Policy] | None = None
     evicts: bool = True
     chunked: bool = True
+    reads: int = 1
 
     @property
     def exact(self) -> Callable[[int | float], Policy]:
@@ -60,6 +66,16 @@ def _q_filters(budget: int | float) -> Policy:
     return replace(blank, stages=(replace(stage, score=replace(stage.score, directions=directions)),))
 
 
+def _pyramidinfer(budget: int | float) -> Policy:
+    """Prompts are never cut below `budget` tokens; blocks of generated ones are short, so that some leave."""
+    share = 1.0 if budget >= 80 else 0.5
+    return pyramidinfer(rate=0.5, recent=0.1, least=int(budget), block=4, share=share, last=share)
+
+
+def _shadowkv(budget: int | float) -> Policy:
+    return shadowkv(budget, rank=16, chunk=4, outliers=2, local=1)
+
+
 def _kivi() -> Policy:
     return kivi(bits=4, group=16, residual=16)
 
@@ -72,6 +88,8 @@ CASES: dict[str, Case] = {
     "snapkv": Case(lambda budget: snapkv(budget, window=8)),
     "tova": Case(tova),
     "knorm": Case(knorm),
+    # It has no budget: what is kept follows the prompt's length.
+    "pyramidinfer": Case(_pyramidinfer, evicts=False),
     "pyramidkv": Case(lambda budget: pyramidkv(budget, window=8, beta=4)),
     "adakv": Case(lambda budget: adakv(budget, window=8)),
     "adakv over h2o": Case(lambda budget: adakv(budget, window=8, score="h2o")),
@@ -87,10 +105,22 @@ CASES: dict[str, Case] = {
     "razor_attention without retrieval heads": Case(
         lambda budget: razor_attention(int(budget) - 5, ratio=None, heads=()), evicts=False, chunked=False
     ),
+    "tidaldecode": Case(lambda budget: tidaldecode(budget, layers=(0,)), evicts=False),
+    "tidaldecode one choice a KV head": Case(
+        lambda budget: tidaldecode(budget, layers=(0, 1), group="mean"), evicts=False
+    ),
+    "shadowkv": Case(_shadowkv, evicts=False),
     # Its first layer is exempt, so the budget says nothing about it; it decides when all layers are known.
     "d2o": Case(lambda budget: d2o(budget, skip=(0,)), evicts=False, chunked=False),
     "kivi": Case(lambda budget: _kivi(), lambda budget: kivi(bits=None), evicts=False),
     "mikv": Case(lambda budget: mikv(high=budget, bits=4), lambda budget: mikv(high=budget, bits=None), evicts=False),
+    # Two layers share directions. No budget says how many: the identity keeps every pair of vectors apart.
+    "minicache": Case(
+        lambda budget: minicache(start=0.34),
+        lambda budget: minicache(start=0.34, gamma=None),
+        evicts=False,
+        reads=2,
+    ),
     "snapkv+kivi": Case(
         lambda budget: chain(snapkv(budget, window=8), _kivi()),
         lambda budget: chain(snapkv(budget, window=8), kivi(bits=None)),
@@ -104,6 +134,8 @@ CASES: dict[str, Case] = {
         lambda budget: chain(h2o(budget), _kivi()), lambda budget: chain(h2o(budget), kivi(bits=None)), evicts=False
     ),
     "snapkv+quest": Case(lambda budget: chain(snapkv(budget, window=8), quest(budget, page=8, skip=(0,)))),
+    # Factors and landmarks of the few tokens that are left take more than their keys did.
+    "snapkv+shadowkv": Case(lambda budget: chain(snapkv(budget, window=8), _shadowkv(budget)), evicts=False),
     "snapkv+mikv": Case(
         lambda budget: chain(snapkv(budget, window=8), mikv(high=0.5, bits=4)),
         lambda budget: chain(snapkv(budget, window=8), mikv(high=0.5, bits=None)),
