@@ -47,6 +47,9 @@ POLICIES = (
     "quest(budget=64)",
     "kivi(bits=4, group=32, residual=32)",
     "mikv(high=320)",
+    "minicache(start=0.34)",
+    "tidaldecode(budget=32, layers=(0,))",
+    "tidaldecode(budget=32, layers=(0,), group='mean')",
 )
 
 

@@ -26,11 +26,13 @@ SMALL = {
     "kivi": "kivi(bits=2, group=8, residual=8)",
     "knorm": "knorm(budget=16)",
     "mikv": "mikv(high=8)",
+    "minicache": "minicache(start=0.0)",
     "pyramidkv": "pyramidkv(budget=16, window=4)",
     "q_filters": "q_filters(budget=16, window=4)",
     "quest": "quest(budget=16, page=4)",
     "snapkv": "snapkv(budget=16, window=4)",
     "streaming_llm": "streaming_llm(budget=16)",
+    "tidaldecode": "tidaldecode(budget=16, layers=(0,))",
     "tova": "tova(budget=16)",
 }
 CHAINS = [
