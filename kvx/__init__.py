@@ -6,6 +6,7 @@ from kvx.calibrate import calibrate
 from kvx.compilation_cache import enable_compilation_cache
 from kvx.errors import BadInput
 from kvx.generate import Generation, decode_step, generate, stream, teacher_forced
+from kvx.labelled import LabelledPrompt, labelled_prompt
 from kvx.policies.registry import policy
 from kvx.policy import Policy, chain
 from kvx.policy_files import load_policy, save_policy
@@ -17,6 +18,7 @@ __all__ = [
     "BadInput",
     "Generation",
     "KVCache",
+    "LabelledPrompt",
     "Policy",
     "Sampling",
     "calibrate",
@@ -24,6 +26,7 @@ __all__ = [
     "decode_step",
     "enable_compilation_cache",
     "generate",
+    "labelled_prompt",
     "load",
     "load_policy",
     "parse_policy",

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
-from kvx.policy import Policy
+from kvx.policy import Layout, Policy
 
 
 def traced(*values: Any) -> bool:
@@ -51,12 +51,28 @@ def checked_prompt(
             raise BadInput(f"tokens holds {worst}; allowed: 0 to {model.vocabulary - 1}, the model's vocabulary")
         tokens = np.where(np.arange(longest) < lengths[:, None], tokens, 0)
     end = longest + room if traced(lengths) else int(lengths.max()) + room
-    if end > model.max_positions and not all(policy.renumber for policy in policies):
+    if end > model.max_positions and not all(policy.renumber or policy.lays_out for policy in policies):
         raise BadInput(
             f"tokens needs {end} positions, {room} of them for new tokens; allowed: at most {model.max_positions}, the "
             "model's positions, unless the policy renumbers them (streaming_llm)"
         )
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+def check_layout(model: Decoder, layout: Layout | None, room: int) -> None:
+    """Refuse a prompt whose tokens, as its policy lays them out, and new ones go beyond the model's positions.
+
+    Raises:
+        BadInput: they do.
+    """
+    if layout is None or traced(layout.positions):
+        return
+    end = int(jnp.max(layout.positions)) + 1 + room
+    if end > model.max_positions:
+        raise BadInput(
+            f"labels lay tokens out over {end} positions, {room} of them for new tokens; allowed: at most "
+            f"{model.max_positions}, the model's positions"
+        )
 
 
 def checked_labels(labels: Any, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:

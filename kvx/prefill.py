@@ -14,12 +14,12 @@ from kvx.chunks import ChunkedPrompt
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
-from kvx.inputs import checked_labels, checked_policy, checked_prompt, traced
+from kvx.inputs import check_layout, checked_labels, checked_policy, checked_prompt, traced
 from kvx.loop import attend, last_logits, pack_layer
 from kvx.mesh import Placement, place_cache, place_rows, placement_of
 from kvx.parts.amounts import whole
 from kvx.places import place
-from kvx.policy import Context, Layer, Policy, Spec, round_up
+from kvx.policy import Context, Layer, Layout, Policy, Spec, round_up
 from kvx.tokens import Tokens
 
 MARKS = frozenset({"id", "label"})
@@ -116,10 +116,13 @@ def prefill(
     tokens, labels = (jnp.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in (tokens, labels))
     placement = placement_of(model)
     tokens, labels, lengths = place_rows(placement, (tokens, labels, lengths))
+    # A policy with an opinion on where tokens stand, or on which of them go on, has the pass for itself.
+    layout = policies[0].layout(labels, lengths)
+    check_layout(model, layout, max_new_tokens)
     specs = [Spec(block.spec, len(model.blocks), width, fewest, room) for block in model.blocks]
     plans = [_Plan(each, specs, max_new_tokens, cache_dtype, placement) for each in policies]
     if prefill_chunk is None:
-        logits, seen = _whole(model, tokens, labels, lengths, plans)
+        logits, seen = _whole(model, tokens, labels, lengths, layout, plans)
     else:
         chunk = whole(prefill_chunk, "prefill_chunk", least=1)
         logits, seen = _chunked(model, tokens, labels, lengths, plans, chunk, compress), lengths
@@ -279,13 +282,17 @@ def _land(policy: Policy, carry: Any, context: Context, *, placement: Placement 
 
 
 def _whole(
-    model: Decoder, tokens: Int[Array, "B T"], labels: Int[Array, "B T"], lengths: Int[Array, "B"], plans: list[_Plan]
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    labels: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    layout: Layout | None,
+    plans: list[_Plan],
 ) -> tuple[Float[Array, "B N"], Int[Array, "B"]]:
     """Logits after the whole prompt at once, and each row's next position; every plan takes each layer as it comes."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(index < lengths[:, None], index, -1)
-    # A policy with an opinion on where tokens stand, or on which of them go on, has the pass for itself.
-    policy, layout = plans[0].policy, plans[0].policy.layout(labels, lengths)
+    policy = plans[0].policy
     where = {"lengths": lengths}
     if layout is not None:
         positions = layout.positions

@@ -1,6 +1,7 @@
 """Named methods: one file each, a recipe of parts under the paper's defaults."""
 
 from kvx.policies.adakv import adakv
+from kvx.policies.ape import ape
 from kvx.policies.cake import cake
 from kvx.policies.cam import cam
 from kvx.policies.d2o import d2o
@@ -20,6 +21,7 @@ from kvx.policies.quest import quest
 from kvx.policies.razor_attention import razor_attention
 from kvx.policies.registry import find, names, policy
 from kvx.policies.roco import roco
+from kvx.policies.shadowkv import shadowkv
 from kvx.policies.snapkv import snapkv
 from kvx.policies.streaming_llm import streaming_llm
 from kvx.policies.tidaldecode import tidaldecode
@@ -27,6 +29,7 @@ from kvx.policies.tova import tova
 
 __all__ = [
     "adakv",
+    "ape",
     "cake",
     "cam",
     "d2o",
@@ -48,6 +51,7 @@ __all__ = [
     "quest",
     "razor_attention",
     "roco",
+    "shadowkv",
     "snapkv",
     "streaming_llm",
     "tidaldecode",

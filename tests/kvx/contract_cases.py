@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kvx.policies import (
     adakv,
+    ape,
     cake,
     d2o,
     full,
@@ -96,6 +97,8 @@ CASES: dict[str, Case] = {
     "q_filters": Case(_q_filters),
     # It cuts earlier layers when later ones arrive, so a chunk cannot be cut by itself.
     "cake": Case(lambda budget: cake(budget, window=8), chunked=False),
+    # Of prompts without labels, so all prefix: the full cache; contexts are its own test's.
+    "ape": Case(lambda budget: ape(), evicts=False),
     "quest": Case(lambda budget: quest(budget, page=8, skip=(0,)), evicts=False),
     # Its retrieval heads keep everything, and the mean tokens of the others have to see every token leave.
     "razor_attention": Case(
