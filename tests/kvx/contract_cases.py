@@ -14,9 +14,11 @@ from kvx.policies import (
     adakv,
     ape,
     cake,
+    cam,
     d2o,
     full,
     h2o,
+    hashevict,
     kivi,
     knorm,
     mikv,
@@ -27,6 +29,7 @@ from kvx.policies import (
     quest,
     razor_attention,
     shadowkv,
+    roco,
     snapkv,
     streaming_llm,
     tidaldecode,
@@ -115,6 +118,15 @@ CASES: dict[str, Case] = {
     "shadowkv": Case(_shadowkv, evicts=False),
     # Its first layer is exempt, so the budget says nothing about it; it decides when all layers are known.
     "d2o": Case(lambda budget: d2o(budget, skip=(0,)), evicts=False, chunked=False),
+    "roco": Case(roco),
+    "roco after the prompt": Case(lambda budget: roco(budget, mode="encoding")),
+    # The budget counts generated tokens only, and the whole prompt stays.
+    "roco beside the prompt": Case(lambda budget: roco(budget, mode="decoding"), evicts=False),
+    "cam": Case(lambda budget: cam(budget, width=8)),
+    "cam over h2o": Case(lambda budget: cam(budget, host="h2o", width=8)),
+    # Up to three tokens more than its budget wait until four leave together.
+    "cam every four steps": Case(lambda budget: cam(budget, width=8, every=4), evicts=False),
+    "hashevict": Case(hashevict),
     "kivi": Case(lambda budget: _kivi(), lambda budget: kivi(bits=None), evicts=False),
     "mikv": Case(lambda budget: mikv(high=budget, bits=4), lambda budget: mikv(high=budget, bits=None), evicts=False),
     # Two layers share directions. No budget says how many: the identity keeps every pair of vectors apart.
