@@ -1,12 +1,15 @@
 """The stage that stores heads of different lengths in one flat run."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from kvx.evidence import Evidence
 from kvx.parts.budgets import Compete
 from kvx.policy import Context, Stage, round_up
 from kvx.pytree import pytree, static
+from kvx.stores.dense import Dense
 from kvx.stores.flat import Flat
+from kvx.stores.tiers import Tiers
 from kvx.tokens import Tokens
 
 
@@ -20,5 +23,6 @@ class Flatten(Stage):
 
     def pack(
         self, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, evidence: Evidence, context: Context
-    ) -> Flat:
-        return Flat.pack(tokens, mask, round_up(self.split.total(context.spec)), round_up(context.spec.room))
+    ) -> Tiers:
+        tail = Dense.pack(tokens.with_form(rotated=True), jnp.zeros_like(mask), round_up(context.spec.room))
+        return Tiers((tail, Flat.pack(tokens, mask, round_up(self.split.total(context.spec)))))

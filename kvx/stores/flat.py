@@ -1,34 +1,38 @@
-"""The flat store: heads of different lengths in one run of slots, so that per-head budgets save real memory."""
+"""The flat store: the heads of a layer share one run of slots, so that heads of different length save real memory."""
 
-from dataclasses import replace
+from dataclasses import field, replace
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from kvx.kernels.logits import partial_softmax, scaled_logits, slot_probabilities, visible
-from kvx.kernels.merge_partials import Partial, merge_partials
-from kvx.pytree import pytree
+from kvx.kernels.merge_partials import Partial
+from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
-from kvx.stores.dense import Dense
-from kvx.tokens import Tokens, concatenate
+from kvx.stores.dense import empty_slots, scatter, weakest_several
+from kvx.tokens import Tokens
 
 
 @pytree
 class Flat:
-    """N slots shared by all KV heads of a layer, each owned by one head, and a rectangular tail for new tokens.
+    """N slots shared by all KV heads of a layer; a slot belongs to one head while it holds a token.
 
-    The total N is static, the split over heads is data. Reading multiplies all query heads with all slots and masks
-    the foreign ones: one matmul that reads every key once; on a CPU cheaper than gathering by head.
+    The total N is static, the split over heads is data. A fresh token of every head goes into the next empty slots,
+    whoever freed them. Reading multiplies all query heads with all slots and masks the foreign ones: one matmul that
+    reads every key once; on a CPU cheaper than gathering by head.
 
     `dense()` shows every slot to every head, at position -1 where it belongs to another.
+
+    Bytes per slot: (D + V) * itemsize + 4 for the position + 1 for the owner + its statistics.
 
     Attributes:
         keys, values: rotated keys and values.
         owners: KV head of each slot.
         slots: true positions, -1 where empty.
-        tail: tokens appended since, one slot per head each, so that appending never moves the run.
+        heads: KV heads of the layer.
+        shared_stats: statistics by slot.
     """
 
     keys: Float[Array, "B N D"]
@@ -36,59 +40,67 @@ class Flat:
     owners: Int8[Array, "B N"]
     slots: Int[Array, "B N"]
     rotary: Rotary
-    tail: Dense
+    heads: int = static()
+    shared_stats: dict[str, Shaped[Array, "B N"]] = field(default_factory=dict)
 
     @classmethod
-    def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], total: int, room: int) -> "Flat":
-        """The tokens in `mask`, at most `total` over all heads, head after head; `room` slots a head for new ones."""
+    def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], total: int) -> "Flat":
+        """The tokens in `mask`, at most `total` over all heads, head after head."""
         tokens = tokens.with_form(rotated=True)
         batch, heads, length = mask.shape
 
         def flat(array):
             return array.reshape(batch, 1, heads * length, *array.shape[3:])
 
+        owners = jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int8)[:, None], mask.shape)
         run = replace(
             tokens,
             keys=flat(tokens.keys),
             values=flat(tokens.values),
             positions=flat(tokens.positions),
-            stats={"owner": flat(jnp.broadcast_to(jnp.arange(heads, dtype=jnp.float32)[:, None], mask.shape))},
+            stats={name: flat(stat) for name, stat in {**tokens.stats, "owner": owners}.items()},
         ).select(flat(mask), total)
-        tail = Dense.pack(tokens, jnp.zeros_like(mask), room)
-        return cls(
-            run.keys[:, 0],
-            run.values[:, 0],
-            run.stats["owner"][:, 0].astype(jnp.int8),
-            run.positions[:, 0],
-            tokens.rotary,
-            tail,
-        )
+        stats = {name: stat[:, 0] for name, stat in run.stats.items()}
+        owner = stats.pop("owner")
+        return cls(run.keys[:, 0], run.values[:, 0], owner, run.positions[:, 0], tokens.rotary, heads, stats)
 
     def append(self, tokens: Tokens) -> "Flat":
-        return replace(self, tail=self.tail.append(tokens))
+        """A token of every head (or several), while there are as many empty slots."""
+        tokens = tokens.with_form(rotated=True)
+        batch, heads, count = tokens.positions.shape
+        places = empty_slots(self.slots[:, None], heads * count)
+        owners = jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int8)[:, None], tokens.positions.shape)
+
+        def put(array, rows):
+            return scatter(array[:, None], places, rows.reshape(batch, 1, heads * count, *rows.shape[3:]))[:, 0]
+
+        return replace(
+            self,
+            keys=put(self.keys, tokens.keys),
+            values=put(self.values, tokens.values),
+            owners=put(self.owners, owners),
+            slots=put(self.slots, tokens.positions),
+            shared_stats={name: put(stat, tokens.stats[name]) for name, stat in self.shared_stats.items()},
+        )
 
     def read(self, query: Query) -> Partial:
         part = partial_softmax(self._logits(query), self.values)
         shape = query.raw.shape[:4]
-        run = Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
-        return merge_partials(run, self.tail.read(query))
+        return Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
-        logits = self._logits(query).reshape(*query.raw.shape[:4], -1)
-        run = slot_probabilities(logits, lse)
-        return jnp.concatenate([run, self.tail.probabilities(query, lse)], axis=-1)
+        return slot_probabilities(self._logits(query).reshape(*query.raw.shape[:4], -1), lse)
+
+    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Flat":
+        gone = jnp.any(weakest_several(scores, self.positions(), excess, most), axis=1)
+        return replace(self, slots=jnp.where(gone, -1, self.slots))
 
     def tokens(self) -> Tokens:
-        heads = self.tail.slots.shape[1]
-
-        def shared(array):
-            return jnp.broadcast_to(array[:, None], (array.shape[0], heads, *array.shape[1:]))
-
-        run = Tokens(shared(self.keys), shared(self.values), self._owned(), self.rotary)
-        return concatenate(run, self.tail.tokens())
+        return Tokens(self._shown(self.keys), self._shown(self.values), self.positions(), self.rotary, self.stats)
 
     def positions(self) -> Int[Array, "B G C"]:
-        return jnp.concatenate([self._owned(), self.tail.slots], axis=-1)
+        heads = jnp.arange(self.heads, dtype=jnp.int8)
+        return jnp.where(self.owners[:, None] == heads[:, None], self.slots[:, None], -1)
 
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
         tokens = self.tokens()
@@ -96,20 +108,24 @@ class Flat:
 
     @property
     def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
-        return {}
+        return {name: self._shown(stat) for name, stat in self.shared_stats.items()}
+
+    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Flat":
+        """The same store; of each slot, its owner's statistics."""
+        owners = self.owners[:, None].astype(jnp.int32)
+        held = {name: jnp.take_along_axis(stats[name], owners, axis=1)[:, 0] for name in self.shared_stats}
+        return replace(self, shared_stats=held)
 
     def bytes_read(self) -> int:
         return nbytes(self)
 
-    def _owned(self) -> Int[Array, "B G N"]:
-        """Positions as each head sees them."""
-        heads = jnp.arange(self.tail.slots.shape[1], dtype=jnp.int8)
-        return jnp.where(self.owners[:, None] == heads[:, None], self.slots[:, None], -1)
+    def _shown(self, array: Shaped[Array, "B N *rest"]) -> Shaped[Array, "B G N *rest"]:
+        return jnp.broadcast_to(array[:, None], (array.shape[0], self.heads, *array.shape[1:]))
 
     def _logits(self, query: Query) -> Float[Array, "B GRT N"]:
         batch, kv_heads, group, length, dim = query.raw.shape
         rows = query.rotated.reshape(batch, kv_heads * group * length, dim)
         logits = scaled_logits(rows, self.keys, query.spec.scale, query.spec.softcap)
-        seen = visible(query.positions[:, None, None, :, None], self._owned()[:, :, None, None, :], query.spec.window)
+        seen = visible(query.positions[:, None, None, :, None], self.positions()[:, :, None, None, :], query.spec.window)
         seen = jnp.broadcast_to(seen, (batch, kv_heads, group, length, seen.shape[-1]))
         return jnp.where(seen.reshape(logits.shape), logits, -jnp.inf)

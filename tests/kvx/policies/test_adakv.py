@@ -86,7 +86,7 @@ def test_the_output_moves_no_further_than_the_mass_lost_allows():
 
 def test_the_flat_store_attends_like_padded_heads():
     some, mask = tokens(3, 25), np.random.default_rng(4).uniform(size=(1, 3, 25)) < np.array([0.8, 0.3, 0.1])[:, None]
-    store = Flat.pack(some, jnp.asarray(mask), 64, 16)
+    store = Flat.pack(some, jnp.asarray(mask), 64)
     asked = query(6, 3, 30)
     part = store.read(asked)
     queries = np.asarray(asked.rotated)[0, :, :, 0]
