@@ -73,8 +73,8 @@ class Tempered:
     def bytes_read(self) -> int:
         return nbytes(self)
 
-    def _logits(self, query: Query) -> Float[Array, "B G R*T C"]:
-        """What the one softmax is over; query heads and queries merged as `slot_logits` does."""
+    def _logits(self, query: Query) -> Float[Array, "B G M C"]:
+        """What the one softmax is over; M = R T, query heads and queries merged as `slot_logits` does."""
         logits = slot_logits(
             query.rotated, self.inner.tokens().rotated_keys, query.positions, self.inner.slots, **query.masking
         )
