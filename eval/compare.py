@@ -31,6 +31,7 @@ from kvx.eval.prose import Prose, documents
 from kvx.eval.results import PolicyResult, Results
 from kvx.eval.shared_pass import prefill_each
 from kvx.eval.stopwatch import Stopwatch
+from kvx.models.token_kinds import token_kinds
 
 DEFAULTS = (
     "full",
@@ -186,6 +187,11 @@ class _Job:
             self._summarise(row, self.rates[text])
 
     def _calibrate(self, decoder: Decoder, tokenizer: Any) -> None:
+        if any(policy.by_kind for policy in self.policies):
+            kinds = token_kinds(tokenizer)
+            self.policies = [policy.with_kinds(kinds) for policy in self.policies]
+            for policy in self.policies:
+                self.rows[policy.text].policy_bytes = policy.nbytes
         if not any(stage.learns for policy in self.policies for stage in policy.stages):
             return
         batch = documents(tokenizer, self.prose.haystack, *self.workload.calibration)

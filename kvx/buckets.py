@@ -18,6 +18,15 @@ def bucket(length: int) -> int:
     return next(edge for edge in edges() if edge >= length)
 
 
+def part(need: int, most: int, parts: int = 8) -> int:
+    """`need`, which is at most `most`, rounded up to so many equal parts of that: as few sizes, and little padding.
+
+    For what is less than a bucket away from its worst case, where a bucket would save nothing.
+    """
+    step = -(-most // parts)
+    return -(-need // step) * step
+
+
 def shortest(length: int) -> int:
     """The smallest length that shares `length`'s bucket: a static lower bound that changes no more often than it."""
     below = 0

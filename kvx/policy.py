@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from kvx.decoder import AttentionSpec
 from kvx.errors import BadInput
@@ -107,6 +107,7 @@ class Stage:
         undoes: of a stage that stores: the most new tokens its store appends together and takes back (`crop`).
         narrows: its store has a narrower view of the same arrays to draft with (`narrow`).
         aligned: its layers have to hold the same tokens in the same slots, so that nothing that selects can precede it.
+        by_kind: it can use a table of what each token id is (`with_kinds`).
     """
 
     bounded: bool = False
@@ -121,6 +122,7 @@ class Stage:
     thins: bool = False
     recalls: bool = False
     aligned: bool = False
+    by_kind: bool = False
     undoes: int = 0
     narrows: bool = False
 
@@ -241,6 +243,10 @@ class Stage:
         """After a decode step has attended: update statistics, choose and free the next victim."""
         return store, state
 
+    def with_kinds(self, table: Int8[Array, "N"]) -> "Stage":
+        """For `by_kind`: with the kind of every token id (`kvx.kinds`)."""
+        return self
+
     def probe(self, vocabulary: int, longest: int, seed: int) -> Int[np.ndarray, "T"] | None:
         """For `learns`: a text of its own to calibrate on, in place of the caller's; None: a sample of those.
 
@@ -353,6 +359,16 @@ class Policy:
     def narrows(self) -> bool:
         """Whether its cache has a narrower view to draft with."""
         return any(stage.narrows for stage in self.stages)
+
+    @property
+    def by_kind(self) -> bool:
+        """Whether it can use what a tokenizer knows of token ids (`with_kinds`)."""
+        return any(stage.by_kind for stage in self.stages)
+
+    def with_kinds(self, table: Int8[np.ndarray, "N"] | Int8[Array, "N"]) -> "Policy":
+        """The policy, told the kind of every token id: `with_kinds(kvx.models.token_kinds.token_kinds(tokenizer))`."""
+        kinds = jnp.asarray(table)
+        return replace(self, stages=tuple(stage.with_kinds(kinds) for stage in self.stages))
 
     @property
     def nbytes(self) -> int:

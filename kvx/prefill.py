@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvx.buckets import bucket, shortest
+from kvx.buckets import bucket, part, shortest
 from kvx.cache import ENDLESS, KVCache
 from kvx.chunks import ChunkedPrompt
 from kvx.decoder import Decoder
@@ -152,6 +152,10 @@ def _check_company(policies: tuple[Policy, ...], prefill_chunk: int | None, comp
             f"compress='chunk' cannot serve {policies[0].text}, which keeps a trace of every token that leaves; "
             "allowed: 'end'"
         )
+    if policies[0].measures:
+        raise BadInput(
+            f"compress='chunk' cannot serve {policies[0].text}, which decides by the whole prompt; allowed: 'end'"
+        )
     if policies[0].decides != "layer":
         raise BadInput(
             f"compress='chunk' cannot serve {policies[0].text}, which decides when every layer's prompt is known; "
@@ -231,7 +235,7 @@ class _Plan:
         context = Context(jnp.int32(layer), lengths, self.specs[layer], plan, shared)
         policy, slots = self.policies[layer], self.slots[layer]
         if policy.measures and not traced(lengths):
-            slots = min(round_up(bucket(int(_need(policy, tokens, evidence, context)))), slots)
+            slots = min(round_up(part(int(_need(policy, tokens, evidence, context)), slots)), slots)
         self._put(
             pack_layer(policy, tokens, evidence, context, slots=slots, dtype=self.dtype, placement=self.placement)
         )

@@ -41,6 +41,7 @@ def generate(
     import kvx
     from kvx.compilation_cache import enable_compilation_cache
     from kvx.errors import BadInput
+    from kvx.models.token_kinds import token_kinds
     from kvx.parts.amounts import whole
 
     chosen = policy_argument(policy)
@@ -52,6 +53,8 @@ def generate(
 
     enable_compilation_cache()
     decoder, tokenizer = kvx.load(model)
+    if chosen.by_kind:
+        chosen = chosen.with_kinds(token_kinds(tokenizer))
     ids = prompt_ids(tokenizer, text, system, tokenizer.has_chat_template if chat is None else chat)
     row = np.asarray([ids])
     begin = time.perf_counter()

@@ -5,6 +5,7 @@ from kvx.policies.ape import ape
 from kvx.policies.cake import cake
 from kvx.policies.cam import cam
 from kvx.policies.d2o import d2o
+from kvx.policies.fastgen import fastgen
 from kvx.policies.full import full
 from kvx.policies.h2o import h2o
 from kvx.policies.hashevict import hashevict
@@ -33,6 +34,7 @@ __all__ = [
     "cake",
     "cam",
     "d2o",
+    "fastgen",
     "find",
     "full",
     "h2o",

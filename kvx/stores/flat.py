@@ -126,6 +126,8 @@ class Flat:
         batch, kv_heads, group, length, dim = query.raw.shape
         rows = query.rotated.reshape(batch, kv_heads * group * length, dim)
         logits = scaled_logits(rows, self.keys, query.spec.scale, query.spec.softcap)
-        seen = visible(query.positions[:, None, None, :, None], self.positions()[:, :, None, None, :], query.spec.window)
+        seen = visible(
+            query.positions[:, None, None, :, None], self.positions()[:, :, None, None, :], query.spec.window
+        )
         seen = jnp.broadcast_to(seen, (batch, kv_heads, group, length, seen.shape[-1]))
         return jnp.where(seen.reshape(logits.shape), logits, -jnp.inf)
