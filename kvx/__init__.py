@@ -4,6 +4,7 @@ from kvx import policies
 from kvx.cache import KVCache
 from kvx.calibrate import calibrate
 from kvx.compilation_cache import enable_compilation_cache
+from kvx.edit import edit
 from kvx.errors import BadInput
 from kvx.generate import Generation, decode_step, generate, stream, teacher_forced
 from kvx.labelled import LabelledPrompt, labelled_prompt
@@ -24,6 +25,7 @@ __all__ = [
     "calibrate",
     "chain",
     "decode_step",
+    "edit",
     "enable_compilation_cache",
     "generate",
     "labelled_prompt",

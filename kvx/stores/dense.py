@@ -64,6 +64,12 @@ class Dense:
         """There is one view of it."""
         return self
 
+    def move(self, positions: Int[Array, "B G C"]) -> "Dense":
+        """The tokens at other true positions, by slot; -1 where one goes. Keys are turned on, by a float32 rotation."""
+        distance = jnp.where((positions >= 0) & (self.slots >= 0), positions - self.slots, 0)
+        keys = self.rotary.onwards(self.keys, distance) if self.rotated else self.keys
+        return replace(self, keys=keys, slots=jnp.where(self.slots >= 0, positions, -1))
+
     def evict(self, slot: Int[Array, "B G"], when: Bool[Array, "B G"]) -> "Dense":
         """Mark one slot a head empty where `when`; its bytes are reused by the next token."""
         chosen = when[..., None] & (jnp.arange(self.slots.shape[-1]) == slot[..., None])
