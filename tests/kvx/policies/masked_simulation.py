@@ -20,6 +20,7 @@ class LayerState:
         mass: probability that every token has received, mean over the query heads of a group, (G, S).
         column: at the prompt, column sums by query head, (G, R, S).
         last: probabilities of the newest query, (G, R, S); 0 where evicted.
+        rows: probabilities of the prompt's queries, (G, R, T, T).
     """
 
     keys: np.ndarray
@@ -28,6 +29,7 @@ class LayerState:
     mass: np.ndarray
     column: np.ndarray
     last: np.ndarray
+    rows: np.ndarray
 
 
 class Simulation:
@@ -45,7 +47,7 @@ class Simulation:
             x = self._finish(block, x, np.einsum("grts,gsd->grtd", p, v))
             column = p.sum(axis=2)
             everyone = np.ones(k.shape[:2], bool)
-            self.layers.append(LayerState(k, v, everyone, column.mean(axis=1), column, p[:, :, -1]))
+            self.layers.append(LayerState(k, v, everyone, column.mean(axis=1), column, p[:, :, -1], p))
         rule.prompt(self.layers)
 
     def step(self, token: int) -> np.ndarray:
