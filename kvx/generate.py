@@ -97,7 +97,7 @@ def generate(
     """
     policy = full_policy() if policy is None else checked_policy(policy)
     count = whole(max_new_tokens, "max_new_tokens", least=1)
-    stops, keys = _stops(model, stop), _keys(seed, len(tokens))
+    stops, keys = stop_tokens(model, stop), row_keys(seed, len(tokens))
     if cache is None:
         given = np.asarray(tokens), lengths
         logits, cache = prefill(model, tokens, policy, lengths, max_new_tokens=count, **prefilling)
@@ -108,7 +108,7 @@ def generate(
         _check_room(cache, int(jnp.max(lengths)) + count - 1)
         logits = jnp.zeros((len(tokens), model.vocabulary), jnp.float32)
         tokens = jnp.pad(tokens, ((0, 0), (0, bucket(tokens.shape[1]) - tokens.shape[1])))
-    said = _said(model, *given) if sampling.repetition_penalty is not None else None
+    said = said_tokens(model, *given) if sampling.repetition_penalty is not None else None
     return _trim(
         _generate(
             model,
@@ -139,8 +139,8 @@ def stream(model: Decoder, tokens: Array | np.ndarray, **arguments: Any) -> Iter
     policy = full_policy() if policy is None else checked_policy(policy)
     count = whole(arguments.pop("max_new_tokens", 64), "max_new_tokens", least=1)
     rule, lengths = arguments.pop("sampling", GREEDY), arguments.pop("lengths", None)
-    stops, keys = _stops(model, arguments.pop("stop", ())), _keys(arguments.pop("seed", 0), len(tokens))
-    said = _said(model, np.asarray(tokens), lengths) if rule.repetition_penalty is not None else None
+    stops, keys = stop_tokens(model, arguments.pop("stop", ())), row_keys(arguments.pop("seed", 0), len(tokens))
+    said = said_tokens(model, np.asarray(tokens), lengths) if rule.repetition_penalty is not None else None
     start = arguments.pop("start", None)
     logits, cache = start or prefill(model, tokens, policy, lengths, max_new_tokens=count, **arguments)
     done = jnp.zeros(len(tokens), bool)
@@ -268,19 +268,21 @@ def _check_room(cache: KVCache, steps: int) -> None:
         )
 
 
-def _stops(model: Decoder, stop: Sequence[int]) -> Int[Array, "K"]:
+def stop_tokens(model: Decoder, stop: Sequence[int]) -> Int[Array, "K"]:
+    """Checked stop tokens, padded with -1."""
     for token in stop:
         whole(token, "stop", least=0, most=model.vocabulary - 1)
     width = max(-(-len(stop) // STOPS), 1) * STOPS
     return jnp.asarray([*stop, *[-1] * (width - len(stop))], jnp.int32)
 
 
-def _keys(seed: int | Sequence[int], batch: int) -> Key[Array, "B"]:
+def row_keys(seed: int | Sequence[int], batch: int) -> Key[Array, "B"]:
+    """Each row's key, from one seed for all rows or one for each."""
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), (batch,))
     return jax.vmap(jax.random.key)(jnp.asarray(seeds))
 
 
-def _said(model: Decoder, tokens: np.ndarray, lengths: Any) -> Bool[Array, "B N"]:
+def said_tokens(model: Decoder, tokens: np.ndarray, lengths: Any) -> Bool[Array, "B N"]:
     """Which tokens each row's text holds."""
     said = np.zeros((len(tokens), model.vocabulary), bool)
     for row, text in enumerate(tokens):

@@ -74,14 +74,28 @@ def next_token(
         seeds: (B,) keys; a row's draw depends on its seed and its true position, never on its place in the batch.
         said: tokens already in each row's text, for the repetition penalty.
     """
-    if rule.repetition_penalty is not None and said is not None:
-        penalised = jnp.where(logits > 0, logits / rule.repetition_penalty, logits * rule.repetition_penalty)
-        logits = jnp.where(said, penalised, logits)
+    logits = penalised(logits, rule, said)
     if rule.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = allowed(logits / rule.temperature, rule)
     keys = jax.vmap(jax.random.fold_in)(seeds, positions)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def law(logits: Float[Array, "B N"], rule: Sampling, said: Bool[Array, "B N"] | None) -> Float[Array, "B N"]:
+    """The probabilities from which `next_token` draws: everything the rule asks for applied; one-hot if greedy."""
+    logits = penalised(logits, rule, said)
+    if rule.temperature is None:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return jax.nn.softmax(allowed(logits / rule.temperature, rule), axis=-1)
+
+
+def penalised(logits: Float[Array, "B N"], rule: Sampling, said: Bool[Array, "B N"] | None) -> Float[Array, "B N"]:
+    """Logits less favourable to tokens that the text holds already."""
+    if rule.repetition_penalty is None or said is None:
+        return logits
+    weaker = jnp.where(logits > 0, logits / rule.repetition_penalty, logits * rule.repetition_penalty)
+    return jnp.where(said, weaker, logits)
 
 
 def allowed(logits: Float[Array, "B N"], rule: Sampling) -> Float[Array, "B N"]:
