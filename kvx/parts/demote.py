@@ -11,7 +11,6 @@ from kvx.parts.balance import balance
 from kvx.parts.evict import Evict
 from kvx.policy import Activations, Context, Spec, Stage, round_up
 from kvx.pytree import pytree, static
-from kvx.stores.base import Store
 from kvx.stores.coded import Code, Coded
 from kvx.stores.dense import Dense
 from kvx.stores.tiers import Tiers
@@ -39,8 +38,11 @@ class Lower(Protocol):
 
     def pack(
         self, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, evidence: Evidence, context: Context
-    ) -> Store:
-        """The tier after a prompt: the rotated tokens in `mask`, and room for `capacity` in all."""
+    ) -> Any:
+        """The tier after a prompt: the rotated tokens in `mask`, and room for `capacity` in all.
+
+        A store that need not `release`.
+        """
         ...
 
 

@@ -29,7 +29,7 @@ class Growing(Budget):
 
     def capacity(self, spec: Spec, layer: int) -> int:
         longest = spec.prompt + spec.room
-        return self.sinks + max(self.least, longest // self.ratio if self.ratio else 0)
+        return self.sinks + max(self.least, 0 if self.ratio is None else longest // self.ratio)
 
     def counts(self, scores: Float[Array, "B G T"], mask: Bool[Array, "B G T"], context: Context) -> Int[Array, "B G"]:
         return jnp.broadcast_to(self._at(context.lengths)[:, None], mask.shape[:2])
@@ -38,4 +38,5 @@ class Growing(Budget):
         return jnp.broadcast_to(self._at(evidence.seen)[:, None], counts.shape)
 
     def _at(self, seen: Int[Array, "B"]) -> Int[Array, "B"]:
-        return self.sinks + jnp.maximum(self.least, seen // self.ratio if self.ratio else 0)
+        buffer = jnp.full_like(seen, self.least)
+        return self.sinks + (buffer if self.ratio is None else jnp.maximum(buffer, seen // self.ratio))

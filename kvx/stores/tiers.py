@@ -37,8 +37,8 @@ class Tiers:
     leaving: Int[Array, "B G"] | None = None
 
     @classmethod
-    def moving(cls, first: Store, second: Store) -> "Tiers":
-        """Two tiers between which tokens will move."""
+    def moving(cls, first: Store, second: Any) -> "Tiers":
+        """Two tiers between which tokens will move; the second only takes, so it need not offer `release`."""
         return cls((first, second), jnp.full(first.positions().shape[:2], -1, jnp.int32))
 
     @property
