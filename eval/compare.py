@@ -26,12 +26,12 @@ from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.eval.passkey import ANSWER, Passkey, passkeys, spread
 from kvx.eval.perplexity import WORKERS, as_bfloat16, perplexities
-from kvx.eval.progress import Steps
-from kvx.eval.prose import Prose, documents
 from kvx.eval.results import PolicyResult, Results
 from kvx.eval.shared_pass import prefill_each
 from kvx.eval.stopwatch import Stopwatch
 from kvx.models.token_kinds import token_kinds
+from kvx.progress import Steps
+from kvx.prose import Prose, documents
 
 DEFAULTS = (
     "full",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvx.errors import BadInput
-from kvx.eval.prose import Prose, sentences
+from kvx.prose import Prose, sentences
 
 DIGITS = 5
 ANSWER = 10

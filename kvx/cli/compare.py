@@ -38,8 +38,8 @@ def compare(
     """
     from kvx.compilation_cache import enable_compilation_cache
     from kvx.eval.compare import Workload, checked_out, compare_policies, default_policies
-    from kvx.eval.prose import prose
     from kvx.eval.results import print_results
+    from kvx.prose import prose
 
     chosen = [policy_argument(each) for each in policy] if policy else default_policies()
     source = prose(text)

@@ -13,8 +13,8 @@ from kvx.errors import BadInput
 from kvx.eval.compare import DEFAULTS, Workload, checked_out, compare_policies, default_policies
 from kvx.eval.frontier_plot import frontier
 from kvx.eval.perplexity import as_bfloat16
-from kvx.eval.prose import prose
 from kvx.eval.results import print_results
+from kvx.prose import prose
 from tests.eval.letters import Letters
 from tests.tiny import model, prompts
 

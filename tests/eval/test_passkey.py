@@ -7,7 +7,7 @@ import pytest
 
 from kvx.errors import BadInput
 from kvx.eval.passkey import passkeys, spread
-from kvx.eval.prose import prose
+from kvx.prose import prose
 from tests.eval.letters import Letters
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kvx.errors import BadInput
-from kvx.eval.prose import documents, prose, sentences
+from kvx.prose import documents, prose, sentences
 from tests.eval.letters import Letters
 
 
