@@ -3,10 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 from jaxtyping import Array, Int
 
 from kvx.pytree import pytree
 from kvx.stores.base import nbytes
+from kvx.stores.host import HOST
 
 ENDLESS = 2**31 - 1
 """Room of a cache whose policy keeps it within its budget however long the generation."""
@@ -50,6 +52,15 @@ class KVCache:
     def nbytes(self) -> int:
         """Resident bytes: the sum of all arrays' `nbytes`, positions, scales, statistics and states included."""
         return nbytes(self)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Of these, the bytes that lie in host memory, beside the device; by where the arrays are."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self) if leaf.sharding.memory_kind == HOST)
+
+    def bytes_moved(self) -> int:
+        """Bytes that the last decode step brought from the host to the device."""
+        return sum(int(store.bytes_moved()) for store in self.layers if hasattr(store, "bytes_moved"))
 
     def bytes_read(self) -> int:
         """Bytes of the cache that one decode step touches; less than `nbytes` for sparse reads."""

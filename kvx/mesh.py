@@ -59,8 +59,14 @@ class Placement:
     mesh: Mesh
     rules: Rules
 
-    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
-        """Where an array goes whose axes have these logical names (None: no rule; missing names at the end: None)."""
+    def sharding(
+        self, shape: tuple[int, ...], axes: tuple[str | None, ...], memory: str | None = None
+    ) -> NamedSharding:
+        """Where an array goes whose axes have these logical names (None: no rule; missing names at the end: None).
+
+        Args:
+            memory: a memory kind of the devices; None: the usual one.
+        """
         used: set[str] = set()
         entries: list[str | None] = []
         for size, name in zip(shape, axes, strict=False):
@@ -72,11 +78,11 @@ class Placement:
                 used.add(axis)
         while entries and entries[-1] is None:
             entries.pop()
-        return NamedSharding(self.mesh, PartitionSpec(*entries))
+        return NamedSharding(self.mesh, PartitionSpec(*entries), memory_kind=memory)
 
-    def put(self, array: Any, axes: tuple[str | None, ...]) -> Any:
+    def put(self, array: Any, axes: tuple[str | None, ...], memory: str | None = None) -> Any:
         """The array where it belongs: moved, constrained inside jit, or only described if it is a shape."""
-        sharding = self.sharding(array.shape, axes)
+        sharding = self.sharding(array.shape, axes, memory)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
         if isinstance(array, Tracer):
@@ -129,7 +135,7 @@ def place_cache(placement: Placement | None, layer: Tree, rows: int, kv_heads: i
 
     An array's first axis is taken for rows if it has as many entries, and its second for KV heads likewise. What has
     no head axis (one run of slots for all heads, a count per row), or one of only some heads (stores by head), is split
-    by rows only. Parts that say so (`held_whole`) are not split at all.
+    by rows only. Parts that say so (`held_whole`) are not split at all, parts that name a `memory` stay in it.
 
     Propagation alone places what is computed from tokens; arrays born inside (a pool of zeros) need to be told.
 
@@ -141,15 +147,17 @@ def place_cache(placement: Placement | None, layer: Tree, rows: int, kv_heads: i
     if placement is None:
         return layer
 
-    def put(leaf: Any) -> Any:
+    def put(leaf: Any, memory: str | None = None) -> Any:
+        if part_memory := getattr(type(leaf), "memory", None):
+            return jax.tree.map(lambda array: put(array, part_memory), leaf)
         # Such as rotary frequencies, weights that a store carries along; their count may happen to equal the rows.
         if _held_whole(leaf):
             return jax.tree.map(lambda array: placement.put(array, ()), leaf)
         by_rows = leaf.shape[:1] == (rows,)
         by_heads = by_rows and leaf.shape[1:2] == (kv_heads,)
-        return placement.put(leaf, ("rows" if by_rows else None, "kv_heads" if by_heads else None))
+        return placement.put(leaf, ("rows" if by_rows else None, "kv_heads" if by_heads else None), memory)
 
-    return jax.tree.map(put, layer, is_leaf=_held_whole)
+    return jax.tree.map(put, layer, is_leaf=lambda node: _held_whole(node) or hasattr(type(node), "memory"))
 
 
 def _held_whole(node: Any) -> bool:
