@@ -191,16 +191,8 @@ def decode_run(
         wanted = here.observe(prefill=False)
         query, fresh = project(block, x, positions)
         fresh = here.stats(marked(fresh, {name: marks[name] for name in wanted.marks}), None, context)
-        store = where.load(storage) if provisional else here.settle(where.load(storage))
-        layer = here.before(Layer(store, cache.states[index]), query, context)
-        store = layer.store.append(fresh)
-        part, carry = here.read(store, query, carry, context)
-        layer = Layer(store, layer.states)
-        out = here.recall(part, layer.states, query, context).out
-        if not provisional:
-            rows = store.probabilities(query, part.lse) if wanted.rows else None
-            evidence = Evidence(seen, rows, queries=query.rotated if wanted.queries else None)
-            layer = here.step(layer, evidence, context)
+        layer = Layer(where.load(storage), cache.states[index])
+        out, layer, carry = decode_layer(here, layer, query, fresh, carry, seen, context, provisional=provisional)
         layer = place_cache(placement, layer, len(tokens), block.spec.kv_heads)
         storage = where.save(storage, layer.store)
         states.append(layer.states)
@@ -208,6 +200,42 @@ def decode_run(
     taken = jnp.where((cache.room == ENDLESS) | provisional, 0, tokens.shape[1])
     after = cache.next if provisional else seen
     return model.unembed(x), KVCache(storage, cache.places, tuple(states), after, cache.room - taken)
+
+
+def decode_layer(
+    policy: Policy,
+    layer: Layer,
+    query: Query,
+    fresh: Tokens,
+    carry: Any,
+    seen: Int[Array, "B"],
+    context: Context,
+    *,
+    provisional: bool = False,
+) -> tuple[Float[Array, "B G R T V"], Layer, Any]:
+    """One layer of a decode step, between a model's projections and its output.
+
+    Args:
+        fresh: the new tokens, with the policy's statistics.
+        carry: what the layers below handed up.
+        seen: the next true position.
+
+    Returns:
+        The attention output, the layer's cache after the step, and what goes up the layers.
+    """
+    if not provisional:
+        layer = Layer(policy.settle(layer.store), layer.states)
+    layer = policy.before(layer, query, context)
+    store = layer.store.append(fresh)
+    part, carry = policy.read(store, query, carry, context)
+    layer = Layer(store, layer.states)
+    out = policy.recall(part, layer.states, query, context).out
+    if not provisional:
+        wanted = policy.observe(prefill=False)
+        rows = store.probabilities(query, part.lse) if wanted.rows else None
+        evidence = Evidence(seen, rows, queries=query.rotated if wanted.queries else None)
+        layer = policy.step(layer, evidence, context)
+    return out, layer, carry
 
 
 def settle(model: Decoder, cache: KVCache, policy: Policy) -> KVCache:
