@@ -4,8 +4,10 @@ from kvx import policies
 from kvx.cache import KVCache
 from kvx.calibrate import calibrate
 from kvx.compilation_cache import enable_compilation_cache
+from kvx.drafters import Drafter
 from kvx.edit import edit
 from kvx.errors import BadInput
+from kvx.fork import fork
 from kvx.generate import Generation, decode_step, generate, stream, teacher_forced
 from kvx.labelled import LabelledPrompt, labelled_prompt
 from kvx.policies.registry import policy
@@ -14,19 +16,23 @@ from kvx.policy_files import load_policy, save_policy
 from kvx.policy_text import parse_policy
 from kvx.prefill import prefill
 from kvx.sampling import Sampling, sampling
+from kvx.speculate import Speculation, speculate
 
 __all__ = [
     "BadInput",
+    "Drafter",
     "Generation",
     "KVCache",
     "LabelledPrompt",
     "Policy",
     "Sampling",
+    "Speculation",
     "calibrate",
     "chain",
     "decode_step",
     "edit",
     "enable_compilation_cache",
+    "fork",
     "generate",
     "labelled_prompt",
     "load",
@@ -38,6 +44,7 @@ __all__ = [
     "sampling",
     "save",
     "save_policy",
+    "speculate",
     "stream",
     "teacher_forced",
 ]

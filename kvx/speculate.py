@@ -1,6 +1,7 @@
 """Speculative generation: draft a few tokens, verify them in one pass of the target, keep its law exactly."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvx.acceptance import accept_chain
 from kvx.buckets import bucket
-from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.drafters import ACCEPT, EMIT, Drafter, Draws, propose_beside, propose_narrowly, with_said
 from kvx.errors import BadInput
@@ -105,7 +105,7 @@ def speculate(
     room = count + gamma
     logits, cache = prefill(model, tokens, policy, lengths, max_new_tokens=room, **prefilling)
     own = None if draft is None else prefill(draft.model, tokens, draft.policy, lengths, max_new_tokens=room)[1]
-    result = _speculate(
+    result, _ = _speculate(
         model,
         policy,
         draft,
@@ -124,7 +124,10 @@ def speculate(
 
 @partial(jax.jit, donate_argnames=("cache", "own"), static_argnames=("gamma", "most"))
 def _speculate(model, policy, draft, cache, own, logits, count, draws, stops, said, *, gamma, most):
-    """Rounds of draft, verify, accept and crop, until every row has ended."""
+    """Rounds of draft, verify, accept and crop, until every row has ended.
+
+    The drafter's cache is returned too: what is donated is reused in place only if it comes out again.
+    """
     batch = logits.shape[0]
     rows, index = jnp.arange(batch)[:, None], jnp.arange(gamma + 1)
     start = cache.next
@@ -165,9 +168,9 @@ def _speculate(model, policy, draft, cache, own, logits, count, draws, stops, sa
     done = jnp.any(token[:, None] == stops, axis=1) | (count == 1)
     rounds, lengths = jnp.zeros((batch, gamma + 1), jnp.int32), jnp.ones(batch, jnp.int32)
     state = (cache, own, token, with_said(said, token), out, lengths, rounds, done)
-    cache, _, _, _, out, lengths, rounds, _ = jax.lax.while_loop(unfinished, advance, state)
+    cache, own, _, _, out, lengths, rounds, _ = jax.lax.while_loop(unfinished, advance, state)
     room = cache.room - jnp.max(cache.next - start)
-    return Speculation(out, lengths, KVCache(cache.storage, cache.places, cache.states, cache.next, room), rounds)
+    return Speculation(out, lengths, replace(cache, room=room), rounds), own
 
 
 def laws(
