@@ -146,6 +146,10 @@ def write_slot(
     A scatter with unique, sorted indices is the form of which XLA on CPU makes no copy of the cache, where
     dynamic_update_slice and `where` do.
     """
+    if slot.size == 1:
+        # XLA turns a scatter of one row into a dynamic_update_slice; so there is a second, beyond the end, dropped.
+        slot = jnp.concatenate([slot, jnp.full_like(slot, array.shape[2] + 1)], axis=1)
+        value = jnp.concatenate([value, value], axis=1)
     batch, heads = jnp.ogrid[: array.shape[0], : array.shape[1]]
     return array.at[batch, heads, slot].set(
         value.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
