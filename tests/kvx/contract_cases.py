@@ -29,6 +29,7 @@ from kvx.policies import (
     pyramidinfer,
     pyramidkv,
     q_filters,
+    quantspec,
     quest,
     razor_attention,
     shadowkv,
@@ -160,6 +161,14 @@ CASES: dict[str, Case] = {
     # Whole groups of keys leave, so that it holds up to a group and a tail more than its budget.
     "h2o+kivi": Case(
         lambda budget: chain(h2o(budget), _kivi()), lambda budget: chain(h2o(budget), kivi(bits=None)), evicts=False
+    ),
+    "quantspec": Case(
+        lambda budget: quantspec(group=16), lambda budget: quantspec(bits=None, group=16), evicts=False
+    ),
+    "snapkv+quantspec": Case(
+        # In groups of four the double buffer, which is exact, does not outweigh what the codes save of few tokens.
+        lambda budget: chain(snapkv(budget, window=8), quantspec(group=4, gamma=3)),
+        lambda budget: chain(snapkv(budget, window=8), quantspec(bits=None)),
     ),
     "snapkv+quest": Case(lambda budget: chain(snapkv(budget, window=8), quest(budget, page=8, skip=(0,)))),
     # Factors and landmarks of the few tokens that are left take more than their keys did.

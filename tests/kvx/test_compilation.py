@@ -46,6 +46,7 @@ POLICIES = (
     "d2o(budget=320, skip=(0,))",
     "quest(budget=64)",
     "kivi(bits=4, group=32, residual=32)",
+    "quantspec(group=32)",
     "mikv(high=320)",
     "razor_attention(buffer=320, heads=((0, 1), (2, 0), (2, 1)))",
     "minicache(start=0.34)",

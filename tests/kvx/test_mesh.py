@@ -29,6 +29,7 @@ SMALL = {
     "minicache": "minicache(start=0.0)",
     "pyramidkv": "pyramidkv(budget=16, window=4)",
     "q_filters": "q_filters(budget=16, window=4)",
+    "quantspec": "quantspec(group=8)",
     "quest": "quest(budget=16, page=4)",
     "snapkv": "snapkv(budget=16, window=4)",
     "streaming_llm": "streaming_llm(budget=16)",
