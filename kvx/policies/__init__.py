@@ -14,6 +14,7 @@ from kvx.policies.knorm import knorm
 from kvx.policies.less import less
 from kvx.policies.mikv import mikv
 from kvx.policies.minicache import minicache
+from kvx.policies.paged import paged
 from kvx.policies.pyramidinfer import pyramidinfer
 from kvx.policies.pyramidkv import pyramidkv
 from kvx.policies.q_filters import q_filters
@@ -45,6 +46,7 @@ __all__ = [
     "mikv",
     "minicache",
     "names",
+    "paged",
     "policy",
     "pyramidinfer",
     "pyramidkv",

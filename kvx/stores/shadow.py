@@ -1,4 +1,4 @@
-"""The shadow store: the prompt's keys as one low-rank product, its values on the host, chunks fetched for each query."""
+"""The shadow store: a prompt's keys as a low-rank product, its values on the host, chunks fetched for each query."""
 
 from dataclasses import replace
 from typing import Any
@@ -192,10 +192,6 @@ class Shadow:
         everything = jnp.zeros((*self.places.shape, *found.shape[3:]), found.dtype)
         chunks = jnp.moveaxis(_put(everything, self._resident_rows(), found), 2, -1)
         return jnp.concatenate([chunks, self.exact.probabilities(query, lse)], axis=-1)
-
-    def crop(self, next: Int[Array, "B"]) -> "Shadow":
-        """Without the generated tokens at or beyond these positions, as if they had never come."""
-        return replace(self, exact=self.exact.crop(next))
 
     def tokens(self) -> Tokens:
         every = jnp.broadcast_to(jnp.arange(self.chunks.shape[-1]), self.chunks.shape)
