@@ -27,13 +27,14 @@ class Layers:
 
     Attributes:
         pool: their runs, one after the other, each in order of position with a spare slot at its end.
-        rotary: every layer's rotation, layers first.
+        frequencies, magnitude: every layer's rotation (`Rotary`).
         preferences: log P of each layer, -inf for layers to come.
         counts: slots of each layer outside the window; what is held, where a layer has as many tokens.
     """
 
     pool: Pool
-    rotary: Rotary
+    frequencies: Float[Array, "L P"]
+    magnitude: Float[Array, "L"]
     preferences: Float[Array, "B L"]
     counts: Int[Array, "B L"]
 
@@ -97,13 +98,14 @@ class Cascade(Stage):
         kept = top(worth, tokens.present, jnp.broadcast_to((counts[:, layer] + self.window)[:, None], worth.shape[:2]))
         place = jnp.cumsum(kept, axis=-1) - 1 + starts[:, layer][:, None, None]
         pool = pool.write(jnp.where(kept, place, pool.slots.shape[-1]), tokens)
-        rotary = jax.tree.map(lambda held, new: held.at[layer].set(new), before.rotary, tokens.rotary)
-        return Layers(pool, rotary, preferences, counts)
+        frequencies = before.frequencies.at[layer].set(tokens.rotary.frequencies)
+        magnitude = before.magnitude.at[layer].set(tokens.rotary.magnitude)
+        return Layers(pool, frequencies, magnitude, preferences, counts)
 
     def land(self, carry: Layers, context: Context) -> tuple[Pooled, Int[Array, "B G"]]:
         layer, sizes = context.layer, carry.counts + self.window + 1
         start = (jnp.cumsum(sizes, axis=1) - sizes)[:, layer]
-        rotary = jax.tree.map(lambda held: held[layer], carry.rotary)
+        rotary = Rotary(carry.frequencies[layer], carry.magnitude[layer])
         pool = replace(carry.pool, stats={})
         store = Pooled(pool, rotary, start, sizes[:, layer], self.capacity(context.spec, 0) + 1)
         return store, jnp.broadcast_to(sizes[:, layer, None] - 1, pool.slots.shape[:2])
@@ -121,10 +123,10 @@ class Cascade(Stage):
     def _none(self, tokens: Tokens, spec: Spec) -> Layers:
         """Before the first layer."""
         batch = tokens.positions.shape[0]
-        rotary = jax.tree.map(lambda leaf: jnp.zeros((spec.layers, *leaf.shape), leaf.dtype), tokens.rotary)
         return Layers(
             Pool.empty(tokens, round_up((self._most(spec) + 1) * spec.layers)),
-            rotary,
+            jnp.zeros((spec.layers, *tokens.rotary.frequencies.shape), jnp.float32),
+            jnp.ones(spec.layers, jnp.float32),
             jnp.full((batch, spec.layers), -jnp.inf, jnp.float32),
             jnp.zeros((batch, spec.layers), jnp.int32),
         )

@@ -1,4 +1,4 @@
-"""CAKE (2025): layers share one budget by the entropy and variance of their attention, cascading through the prefill."""
+"""CAKE (2025): layers share a budget by entropy and variance of their attention, cascading through the prefill."""
 
 import math
 

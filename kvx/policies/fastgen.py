@@ -27,8 +27,8 @@ def fastgen(
     kinds / by head, recovered mass / drop / after prefill, every step.
 
     Which ids are special or punctuation is the tokenizer's to say:
-    `kvx.policies.fastgen().with_kinds(kvx.models.token_kinds.token_kinds(tokenizer))`; the command line does so. Without
-    it only the first tokens count as special.
+    `kvx.policies.fastgen().with_kinds(kvx.models.token_kinds.token_kinds(tokenizer))`; the command line does so.
+    Without it only the first tokens count as special.
 
     Shares are of the prompt's length, at the profile and after it. (The paper's grow with the text; the published
     reproduction fills by the planned length, so that a short prompt at first keeps everything.)

@@ -65,9 +65,10 @@ class Pool:
 
             return jax.tree.map(one, pool)
 
-        first = total % BLOCK
+        width = min(BLOCK, total)
+        first = total % width
         pool = move(0, first, self)
-        pool = jax.lax.fori_loop(0, total // BLOCK, lambda turn, pool: move(first + turn * BLOCK, BLOCK, pool), pool)
+        pool = jax.lax.fori_loop(0, total // width, lambda turn, pool: move(first + turn * width, width, pool), pool)
         return replace(pool, slots=jnp.where(present, pool.slots, -1))
 
     def write(self, target: Int[Array, "B G T"], tokens: Tokens) -> "Pool":
