@@ -107,6 +107,7 @@ class Stage:
         undoes: of a stage that stores: the most new tokens its store appends together and takes back (`crop`).
         narrows: its store has a narrower view of the same arrays to draft with (`narrow`).
         aligned: its layers have to hold the same tokens in the same slots, so that nothing that selects can precede it.
+        unchained: it relies on positions or slots that no other stage knows of, so that nothing can be chained with it.
         by_kind: it can use a table of what each token id is (`with_kinds`).
     """
 
@@ -122,6 +123,7 @@ class Stage:
     thins: bool = False
     recalls: bool = False
     aligned: bool = False
+    unchained: bool = False
     by_kind: bool = False
     undoes: int = 0
     narrows: bool = False
@@ -516,16 +518,15 @@ def chain(*policies: Policy) -> Policy:
     """One policy from several: any number of selections, then at most one that stores.
 
     Raises:
-        BadInput: nothing to chain, a selection after a store, or one before a stage whose layers hold the same tokens.
+        BadInput: nothing to chain, a policy that stands alone, a selection after a store, or one before a stage whose
+            layers hold the same tokens.
     """
     if not policies:
         raise BadInput("chain: no policies given; allowed: one or more")
     stages = tuple(stage for policy in policies for stage in policy.stages)
     for policy in policies:
-        if policy.lays_out and len(stages) > 1:
-            raise BadInput(
-                f"chain: {policy.text!r} lets tokens share positions, by which other policies count; allowed: it alone"
-            )
+        if len(policies) > 1 and any(stage.unchained for stage in policy.stages):
+            raise BadInput(f"chain: {policy.text!r} relies on slots and positions of its own; allowed: it alone")
     if stages and stages[-1].append_only and any(stage.evicts for stage in stages):
         raise BadInput(
             f"chain: {policies[-1].text!r} cannot evict at every step; allowed before it: policies that act once, "

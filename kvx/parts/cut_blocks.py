@@ -23,7 +23,8 @@ class CutBlocks(Stage):
     b = floor(n / E), which queries (b + 1) E to (b + 1) E + R vote on. So a token's votes are added up as they come,
     one number a token, and the (R + 1) x S buffer of recent rows that the rule suggests is never held.
 
-    The prompt stays. Every KV head is expected to hold its generated tokens in the same slots.
+    The prompt stays. A slot holds the same token in every KV head, and a whole block leaves dense slots at once: so no
+    other selection, and no packed store, can be chained with it.
 
     Attributes:
         recent: share of the prompt.
@@ -39,6 +40,7 @@ class CutBlocks(Stage):
     last: float = static(0.1)
     rise: float = static(1.2)
     evicts = True
+    unchained = True
 
     def observe(self, prefill: bool) -> Requests:
         return Requests() if prefill else Requests(rows=1)

@@ -20,7 +20,8 @@ from kvx.tokens import Tokens
 class SharePositions(Stage):
     """Tokens of label 0 are the prefix, at 0 to P - 1; each further label is a context, at P to P + c - 1.
 
-    What follows the prompt goes on at P + max c, and sees everything. A prompt without labels is all prefix.
+    What follows the prompt goes on at P + max c, and sees everything. A prompt without labels is all prefix. Nothing
+    can be chained with it, since other stages tell recent tokens by their positions.
 
     Attributes:
         temperature, scale: how contexts are attended (`kvx.stores.tempered`).
@@ -29,6 +30,7 @@ class SharePositions(Stage):
     temperature: float = static()
     scale: float = static()
     stores = True
+    unchained = True
 
     def observe(self, prefill: bool) -> Requests:
         return Requests(marks=frozenset({"label"}))
