@@ -32,30 +32,36 @@ _Refusal: Any = typer.BadParameter.__bases__[0].__bases__[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit.
+    """Run the command line and exit; see `run`."""
+    run(app, "kvx", arguments)
+
+
+def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
+    """Run a command line and exit.
 
     Status 0; 2 and one line on stderr for bad input; 130 when interrupted. Anything else that goes wrong is a bug and
     keeps its traceback.
 
     Args:
+        name: what it is called by.
         arguments: None: those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        status = typer.main.get_command(app).main(given, prog_name="kvx", standalone_mode=False)
+        status = typer.main.get_command(app).main(given, prog_name=name, standalone_mode=False)
     except BadInput as error:
-        sys.exit(_refused(str(error)))
+        sys.exit(_refused(name, str(error)))
     except _Refusal as error:
         message = error.format_message()
-        if not given or not message.strip():  # `kvx` alone has printed its help
+        if not given or not message.strip():  # alone it has printed its help
             sys.exit(BAD_INPUT)
-        sys.exit(_refused(message))
+        sys.exit(_refused(name, message))
     except (typer.Abort, KeyboardInterrupt):
-        print("kvx: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _refused(message: str) -> int:
-    print("kvx: error: " + " ".join(message.split()), file=sys.stderr)
+def _refused(name: str, message: str) -> int:
+    print(f"{name}: error: " + " ".join(message.split()), file=sys.stderr)
     return BAD_INPUT
