@@ -51,10 +51,14 @@ def attention(query: Query, keys, values, positions):
         return np.einsum("bgrtc,bgcv->bgrtv", probabilities, values), np.log(total[..., 0]), probabilities
 
 
-def copies(step, store) -> int:
-    """Copies of arrays shaped like the store's keys, values or codes in a step compiled with the store donated."""
+def copies(step, store, least: int = 0) -> int:
+    """Copies of arrays shaped like the store's keys, values or codes in a step compiled with the store donated.
+
+    Args:
+        least: entries of the arrays that count; less is not cache-sized.
+    """
     # Flat leaves, since `lower` would rebuild a store of descriptions, which its checked shapes refuse.
     leaves, tree = jax.tree.flatten(store)
     text = jax.jit(lambda leaves: step(tree.unflatten(leaves)), donate_argnums=0).lower(leaves).compile().as_text()
-    shapes = {",".join(map(str, leaf.shape)) for leaf in leaves if leaf.ndim == 4}
+    shapes = {",".join(map(str, leaf.shape)) for leaf in leaves if leaf.ndim == 4 and leaf.size >= least}
     return sum(shape in shapes for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text))
