@@ -14,6 +14,7 @@ from kvx.cache import ENDLESS, KVCache
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.inputs import checked_policy, checked_prompt, traced
+from kvx.lending import takes_cache
 from kvx.loop import decode
 from kvx.parts.amounts import whole
 from kvx.policy import Policy
@@ -62,7 +63,7 @@ def decode_step(
     return decode(model, jnp.asarray(token), cache, policy, jnp.ones(token.shape, bool))
 
 
-@partial(jax.jit, donate_argnames="cache")
+@takes_cache()
 def _decode_step(model: Decoder, token: Int[Array, "B"], cache: KVCache, policy: Policy):
     return decode(model, token, cache, policy, jnp.ones(token.shape, bool))
 
@@ -78,6 +79,7 @@ def generate(
     stop: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
     cache: KVCache | None = None,
+    start: tuple[Float[Array, "B N"], KVCache] | None = None,
     **prefilling: Any,
 ) -> Generation:
     """Continue every prompt of a batch.
@@ -90,6 +92,8 @@ def generate(
         stop: tokens that end a row.
         seed: one seed for all rows (equal prompts then draw equally), or one for each.
         cache: continue this cache with `tokens` as the next turn; it is donated.
+        start: the logits and cache that `kvx.prefill` gave for `tokens`, or their `kvx.fork` (several continuations of
+            each row, with a seed for each); the cache is donated.
         prefilling: `labels`, `prefill_chunk`, `compress`, `cache_dtype` of `kvx.prefill`.
 
     Raises:
@@ -97,17 +101,21 @@ def generate(
     """
     policy = full_policy() if policy is None else checked_policy(policy)
     count = whole(max_new_tokens, "max_new_tokens", least=1)
-    stops, keys = stop_tokens(model, stop), row_keys(seed, len(tokens))
     if cache is None:
-        given = np.asarray(tokens), lengths
-        logits, cache = prefill(model, tokens, policy, lengths, max_new_tokens=count, **prefilling)
-        tokens, lengths = jnp.zeros((len(tokens), 0), jnp.int32), jnp.zeros(len(tokens), jnp.int32)
+        logits, cache = _started(model, tokens, policy, lengths, count, start, prefilling)
+        rows = len(logits)
+        given = _for_rows(rows, tokens, lengths)
+        tokens, lengths = jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32)
     else:
+        if start is not None:
+            raise BadInput("start and cache are both given; allowed: one, since each says where to begin")
         tokens, lengths = checked_prompt(model, tokens, lengths, (policy,), 0)
         given = np.asarray(tokens), lengths
+        _check_rows(tokens, cache)
         _check_room(cache, int(jnp.max(lengths)) + count - 1)
         logits = jnp.zeros((len(tokens), model.vocabulary), jnp.float32)
         tokens = jnp.pad(tokens, ((0, 0), (0, bucket(tokens.shape[1]) - tokens.shape[1])))
+    stops, keys = stop_tokens(model, stop), row_keys(seed, len(tokens))
     said = said_tokens(model, *given) if sampling.repetition_penalty is not None else None
     return _trim(
         _generate(
@@ -132,18 +140,17 @@ def stream(model: Decoder, tokens: Array | np.ndarray, **arguments: Any) -> Iter
     """Like `generate`, one step at a time: yields the (B,) tokens of each step, -1 for rows that have ended.
 
     Args:
-        arguments: those of `generate`, and `start`: the logits and cache that `kvx.prefill` gave for `tokens`, so that
-            the caller may look at the cache first; it is donated.
+        arguments: those of `generate`.
     """
     policy = arguments.pop("policy", None)
     policy = full_policy() if policy is None else checked_policy(policy)
     count = whole(arguments.pop("max_new_tokens", 64), "max_new_tokens", least=1)
     rule, lengths = arguments.pop("sampling", GREEDY), arguments.pop("lengths", None)
-    stops, keys = stop_tokens(model, arguments.pop("stop", ())), row_keys(arguments.pop("seed", 0), len(tokens))
-    said = said_tokens(model, np.asarray(tokens), lengths) if rule.repetition_penalty is not None else None
-    start = arguments.pop("start", None)
-    logits, cache = start or prefill(model, tokens, policy, lengths, max_new_tokens=count, **arguments)
-    done = jnp.zeros(len(tokens), bool)
+    stops, seed = stop_tokens(model, arguments.pop("stop", ())), arguments.pop("seed", 0)
+    logits, cache = _started(model, tokens, policy, lengths, count, arguments.pop("start", None), arguments)
+    keys, done = row_keys(seed, len(logits)), jnp.zeros(len(logits), bool)
+    given = _for_rows(len(logits), tokens, lengths)
+    said = said_tokens(model, *given) if rule.repetition_penalty is not None else None
     token, said = _choose(logits, rule, keys, cache.next, said)
     for index in range(count):
         yield jnp.where(done, -1, token)
@@ -162,6 +169,7 @@ def extend(
         Logits after each row's last token, and the cache. The given cache is donated.
     """
     tokens, lengths = checked_prompt(model, tokens, lengths, (policy,), 0)
+    _check_rows(tokens, cache)
     _check_room(cache, int(jnp.max(lengths)))
     width = bucket(tokens.shape[1])
     return _extend(model, policy, cache, jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1]))), lengths)
@@ -180,7 +188,7 @@ def teacher_forced(
     return _teacher_forced(model, policy, cache, jnp.asarray(tokens, jnp.int32), logits)
 
 
-@partial(jax.jit, donate_argnames="cache", static_argnames="most")
+@takes_cache(static=("most",))
 def _generate(model, policy, cache, logits, given, given_lengths, count, rule, stops, keys, said, *, most):
     """Feed `given` (may be empty), then sample up to `count` tokens into an array of `most`."""
     batch = logits.shape[0]
@@ -212,7 +220,7 @@ def _generate(model, policy, cache, logits, given, given_lengths, count, rule, s
     return Generation(out, jnp.sum(out >= 0, axis=1), cache)
 
 
-@partial(jax.jit, donate_argnames="cache")
+@takes_cache()
 def _extend(model, policy, cache, tokens, lengths):
     def unfinished(state):
         return state[0] < jnp.max(lengths)
@@ -228,7 +236,7 @@ def _extend(model, policy, cache, tokens, lengths):
     return logits, cache
 
 
-@partial(jax.jit, donate_argnames="cache")
+@takes_cache()
 def _teacher_forced(model, policy, cache, tokens, logits):
     everyone = jnp.ones(tokens.shape[0], bool)
 
@@ -242,7 +250,7 @@ def _teacher_forced(model, policy, cache, tokens, logits):
     return scores.T, cache
 
 
-@partial(jax.jit, donate_argnames=("cache", "said"))
+@takes_cache(donated=("said",))
 def _stream_step(model, policy, cache, token, done, rule, keys, said):
     logits, cache = decode(model, token, cache, policy, ~done)
     token, said = _choose(logits, rule, keys, cache.next, said)
@@ -258,6 +266,35 @@ def _choose(logits, rule: Sampling, keys: Key[Array, "B"], positions, said):
 def full_policy() -> Policy:
     """The full cache: no stage at all."""
     return Policy((), "full")
+
+
+def _started(
+    model: Decoder, tokens: Any, policy: Policy, lengths: Any, count: int, start: Any, prefilling: dict[str, Any]
+) -> tuple[Float[Array, "B N"], KVCache]:
+    """Logits and cache after the prompt: those given, or computed here."""
+    if start is None:
+        return prefill(model, tokens, policy, lengths, max_new_tokens=count, **prefilling)
+    if prefilling:
+        raise BadInput(f"{', '.join(sorted(prefilling))}: given with start, which is prefilled; allowed: one of them")
+    logits, cache = start
+    if len(logits) != len(cache.next) or len(logits) % len(tokens):
+        raise BadInput(
+            f"start has logits of {len(logits)} rows and a cache of {len(cache.next)}, for tokens of {len(tokens)}; "
+            "allowed: the same rows, or as many copies of each (kvx.fork)"
+        )
+    _check_room(cache, count - 1)
+    return logits, cache
+
+
+def _for_rows(rows: int, tokens: Any, lengths: Any) -> tuple[np.ndarray, Any]:
+    """The prompts and their lengths for every row that continues them."""
+    copies = rows // len(tokens)
+    return np.repeat(np.asarray(tokens), copies, axis=0), None if lengths is None else np.repeat(lengths, copies)
+
+
+def _check_rows(tokens: Int[Array, "B T"], cache: KVCache) -> None:
+    if len(tokens) != len(cache.next):
+        raise BadInput(f"tokens has {len(tokens)} rows, the cache {len(cache.next)}; allowed: one for each of its rows")
 
 
 def _check_room(cache: KVCache, steps: int) -> None:

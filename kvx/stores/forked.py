@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -22,7 +22,7 @@ class Shared:
     """
 
     store: Any
-    lent = True
+    lent: ClassVar[bool] = True
 
 
 @pytree
