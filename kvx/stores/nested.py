@@ -97,15 +97,17 @@ class Nested:
         at = jnp.where(due, coded, size) + index
         runs = self.values.words.shape[-1] * 32 // self.values.bits // self.values.ranges.shape[-1]
         values = TokenCodes.encode(block.values, self.values.bits, runs, nested=True)
+        keys = ChannelCodes.encode(block.keys, self.keys.bits, self.group, nested=True)
         settled = replace(
             self,
-            keys=self.keys.write(
-                at[..., :1] // self.group, ChannelCodes.encode(block.keys, self.keys.bits, self.group, nested=True)
-            ),
+            keys=self.keys.write(at[..., :1] // self.group, keys),
             values=self.values.write(at, values),
             slots=scatter(self.slots, at, block.positions),
         )
         gone = self.buffer.slots <= settled._next_boundary()
+        # Never true, as no compiler knows: where the next token is written depends on the block having been read, so
+        # that XLA orders the two. Else it copies the buffer.
+        gone = gone | (_never(keys.scale) | _never(values.scale))
         return replace(settled, buffer=replace(self.buffer, slots=jnp.where(gone, -1, self.buffer.slots)))
 
     def crop(self, next: Int[Array, "B"]) -> "Nested":
@@ -189,3 +191,8 @@ class Nested:
 
     def bytes_read(self) -> int:
         return nbytes(self) - (nbytes((self.keys.lower, self.values.lower)) if self.narrowed else 0)
+
+
+def _never(scale: Float[Array, "B G *rest"]) -> Bool[Array, "B G 1"]:
+    """False, once these numbers are known."""
+    return jnp.any(jnp.isinf(scale) & jnp.isnan(scale), axis=(2, 3))[..., None]
