@@ -127,12 +127,10 @@ def fidelity(
                 divergence, agreement = _compare(reference, scores)
                 apart[index] += np.asarray(divergence, np.float64)
                 same[index] += np.asarray(agreement, np.float64)
-    count = forced.shape[1]
+    apart, same = apart / forced.shape[1], same / forced.shape[1]
     return [
-        Fidelity(
-            policy.text, tuple((apart[i] / count).tolist()), tuple((same[i] / count).tolist()), sizes[i], policy.nbytes
-        )
-        for i, policy in enumerate(every)
+        Fidelity(policy.text, tuple(apart[index].tolist()), tuple(same[index].tolist()), sizes[index], policy.nbytes)
+        for index, policy in enumerate(every)
     ][1:]
 
 

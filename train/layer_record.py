@@ -96,19 +96,22 @@ def _held(
         block, x, query.positions[:, :prompt], requests=requests, rotated=policy.rotated, lengths=context.lengths
     )
     start = policy.prefill(past, evidence, context, policy.slots(spec, 0))
-    places = jnp.arange(length)
 
     def advance(cache, place):
         # As in a decode step: the new token is appended, read with the others, and then something leaves.
         here = replace(context, lengths=jnp.full(batch, place, jnp.int32))
         index = jnp.full((*tokens.positions.shape[:2], 1), place, jnp.int32)
         fresh = policy.stats(tokens.take(index, jnp.ones(index.shape, bool)), None, here)
-        held = jnp.any(cache.store.positions()[..., None] == places, axis=2) | (places == place)
+        held = jnp.concatenate([cache.store.positions(), index], axis=2)
         _, cache, _ = decode_layer(policy, cache, _rows(query, place, 1), fresh, None, here.lengths + 1, here)
         return cache, held
 
     _, held = jax.lax.scan(advance, start, jnp.arange(prompt, length, dtype=jnp.int32))
-    return jnp.moveaxis(held, 0, 2)
+    held = jnp.moveaxis(held, 0, 2)
+    axes = jnp.ogrid[: held.shape[0], : held.shape[1], : held.shape[2]]
+    mask = jnp.zeros((*held.shape[:3], length), bool)
+    # An empty slot's -1 counts as beyond the end, where nothing is written.
+    return mask.at[*(axis[..., None] for axis in axes), jnp.where(held < 0, length, held)].set(True, mode="drop")
 
 
 def _rows(query: Query, start: int | Int[Array, ""], count: int) -> Query:

@@ -34,7 +34,7 @@ from kvx.train.layer_record import LayerRecord, record_layer
 
 DEFAULT = Settings()
 
-TOGETHER = 4
+TOGETHER = 8
 """Texts that are recorded at a time, so that the peak does not grow with their number."""
 
 
