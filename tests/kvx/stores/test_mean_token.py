@@ -1,4 +1,4 @@
-"""Claims about the mean token: exact for equal keys, the log-count form, a running mean, growth, what changes nothing."""
+"""Claims about the mean token: exact for equal keys, the log-count form, a running mean, growth, no change."""
 
 from dataclasses import replace
 
