@@ -50,6 +50,8 @@ POLICIES = (
     "mikv(high=320)",
     "razor_attention(buffer=320, heads=((0, 1), (2, 0), (2, 1)))",
     "minicache(start=0.34)",
+    "pyramidinfer(recent=0.01, block=4)",
+    "ape",
     "tidaldecode(budget=32, layers=(0,))",
     "tidaldecode(budget=32, layers=(0,), group='mean')",
 )

@@ -27,6 +27,7 @@ SMALL = {
     "knorm": "knorm(budget=16)",
     "mikv": "mikv(high=8)",
     "minicache": "minicache(start=0.0)",
+    "pyramidinfer": "pyramidinfer(recent=0.1, least=4, block=2)",
     "pyramidkv": "pyramidkv(budget=16, window=4)",
     "q_filters": "q_filters(budget=16, window=4)",
     "quantspec": "quantspec(group=8)",
@@ -99,6 +100,22 @@ def test_the_pool_that_layers_share_is_split_although_it_begins_as_zeros():
     cache = generated(placed(), parse_policy(SMALL["d2o"])).cache
     pool = next(part for part in cache.storage if hasattr(part, "slots"))
     assert spec(pool.keys) == spec(pool.slots) == PartitionSpec("data", "tensor")
+
+
+def test_contexts_and_edits_are_placed_like_everything_else():
+    """Labels that share positions, a question, and a span replaced, on a mesh and on one device."""
+    prompt = kvx.labelled_prompt([[1, 2], [3], [4, 5, 6], []], [[[7] * 20, [8, 9] * 9]] * 4)
+    policy, full = parse_policy("ape"), parse_policy("full")
+    question, found = np.full((4, 3), 5, np.int32), []
+    for each in (model(), placed()):
+        _, cache = kvx.prefill(each, prompt.tokens, policy, prompt.lengths, labels=prompt.labels)
+        asked, _ = kvx.prefill(each, question, policy, cache=cache)
+        _, cache = kvx.prefill(each, prompt.tokens, full, prompt.lengths)
+        edited, cache = kvx.edit(each, cache, full, [(4, 9, [11, 12, 13])], tail=question[:, :2])
+        found.append((asked, edited, cache.layers[1].positions()))
+    for one, many in zip(*found, strict=True):
+        np.testing.assert_allclose(one, many, atol=2e-5)
+    assert spec(cache.layers[0].keys) == PartitionSpec("data", "tensor") and spec(cache.next) == PartitionSpec("data")
 
 
 def test_a_run_of_slots_that_all_heads_share_is_split_by_rows_only():
