@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ import jax
 def takes_cache(*, static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
     """Compile a function that feeds the cache among its arguments, named `cache`, and returns it anew.
 
-    The cache is donated, except its parts that are `lent` (a class attribute): levels of a fork, which belong to the
-    cache it came from too. They go in as they are and come out the very arrays they were, so that nothing is copied and
-    nobody's cache is taken away.
+    The cache is donated, except its parts that are `lent` (a class attribute; their arrays are in `store`): levels of a
+    fork, which belong to the cache it came from too. Those go in beside it and do not come out again: the caller gets
+    back the arrays it gave, so that nothing is copied and nobody's cache is taken away.
 
     Args:
         static: names of static arguments.
@@ -24,23 +24,19 @@ def takes_cache(*, static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) 
     def compiled(function: Callable) -> Any:
         signature = inspect.signature(function)
 
-        @partial(jax.jit, donate_argnames=("own", "taken"), static_argnames=("form", "options"))
-        def run(own, lent, taken, rest, form, options):
-            cache = jax.tree.unflatten(form, [mine if mine is not None else its for mine, its in zip(own, lent)])
-            result = function(cache=cache, **taken, **rest, **dict(options))
-            # What comes out of a loop is not known to be what went in; what went in is handed through uncopied.
-            again = iter(part for part in lent if part is not None)
-            return jax.tree.map(lambda node: next(again) if _lent(node) else node, result, is_leaf=_lent)
+        @functools.wraps(function)
+        def inside(cache, lent, **others):
+            return _hollow(function(cache=_filled(cache, lent), **others))
+
+        del inside.__wrapped__  # its parameters are not the function's
+        run = jax.jit(inside, donate_argnames=("cache", *donated), static_argnames=static)
 
         @functools.wraps(function)
         def feeding(*arguments, **named):
-            given = signature.bind(*arguments, **named).arguments
-            parts, form = jax.tree.flatten(given.pop("cache"), is_leaf=_lent)
-            own = [None if _lent(part) else part for part in parts]
-            lent = [part if _lent(part) else None for part in parts]
-            options = tuple((name, given.pop(name)) for name in static)
-            taken = {name: given.pop(name) for name in donated}
-            return run(own, lent, taken, dict(given), form, options)
+            others = signature.bind(*arguments, **named).arguments
+            cache = others.pop("cache")
+            lent = [part for part in jax.tree.leaves(cache, is_leaf=_lent) if _lent(part)]
+            return _filled(run(cache=_hollow(cache), lent=lent, **others), lent)
 
         feeding._cache_size = run._cache_size
         return feeding
@@ -50,3 +46,14 @@ def takes_cache(*, static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) 
 
 def _lent(node: Any) -> bool:
     return getattr(type(node), "lent", False)
+
+
+def _hollow(tree: Any) -> Any:
+    """Without the arrays of its lent parts."""
+    return jax.tree.map(lambda node: replace(node, store=None) if _lent(node) else node, tree, is_leaf=_lent)
+
+
+def _filled(tree: Any, lent: Sequence[Any]) -> Any:
+    """With these as its lent parts, in the order of the tree."""
+    parts = iter(lent)
+    return jax.tree.map(lambda node: next(parts) if _lent(node) else node, tree, is_leaf=_lent)
