@@ -52,13 +52,13 @@ class Pair:
     @classmethod
     def pack(cls, lower: Tokens, upper: Tokens, mask: Bool[Array, "B G T"], capacity: int, blend: Blend) -> "Pair":
         """The tokens in `mask`, gathered in order into `capacity` slots and merged."""
-        both = [tokens.with_form(rotated=True).select(mask, capacity) for tokens in (lower, upper)]
-        first, second = both
+        first, second = (tokens.with_form(rotated=True).select(mask, capacity) for tokens in (lower, upper))
+        none = jnp.zeros(first.positions.shape, bool)
         return cls(
             Directions.pack(first.keys, second.keys, first.present, blend),
             Directions.pack(first.values, second.values, first.present, blend),
             first.positions,
-            tuple(Dense.pack(tokens, jnp.zeros(tokens.positions.shape, bool), 1) for tokens in both),
+            (Dense.pack(first, none, 1), Dense.pack(second, none, 1)),
             blend,
         )
 
