@@ -202,9 +202,10 @@ def _command(
     print(f"mean {np.mean(left):.3f}")
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app.command()(_command)
+
 if __name__ == "__main__":
     from kvx.cli import run
 
-    app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-    app.command()(_command)
     run(app, "python -m kvx.train.less")
