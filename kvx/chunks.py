@@ -35,7 +35,7 @@ class ChunkedPrompt:
         requests: Requests,
         rotated: bool,
         renumber: bool,
-        marks: Mapping[str, Int[Array, "B T"]],
+        marks: Mapping[str, Int[Array, "B whole"]],
     ) -> Float[Array, "B T E"]:
         """One layer over the chunk that starts at `start`; returns the layer's output.
 

@@ -94,10 +94,11 @@ class Cascade(Stage):
         counts = largest_remainder(_shares(preferences).T, total, caps.T).T
         sizes = jnp.where(index <= layer, counts + self.window + 1, 0)
         starts = jnp.cumsum(sizes, axis=1) - sizes
-        pool = self._cut(before.pool, jnp.where(index < layer, before.counts + self.window + 1, 0), starts, counts)
+        runs = jnp.where(index < layer, before.counts + self.window + 1, 0)
+        source = _survivors(before.pool, runs, starts, counts + self.window)
         kept = top(worth, tokens.present, jnp.broadcast_to((counts[:, layer] + self.window)[:, None], worth.shape[:2]))
         place = jnp.cumsum(kept, axis=-1) - 1 + starts[:, layer][:, None, None]
-        pool = pool.write(jnp.where(kept, place, pool.slots.shape[-1]), tokens)
+        pool = before.pool.relaid(source, tokens, _inverse(kept, place, source.shape[-1]))
         frequencies = before.frequencies.at[layer].set(tokens.rotary.frequencies)
         magnitude = before.magnitude.at[layer].set(tokens.rotary.magnitude)
         return Layers(pool, frequencies, magnitude, preferences, counts)
@@ -139,11 +140,6 @@ class Cascade(Stage):
         variance = jnp.sum(jnp.var(seen, axis=-2, ddof=1), axis=(1, 2, 3))
         return jnp.log(jnp.maximum(entropy, 0.0)) / self.entropy + jnp.log(variance) / self.variance
 
-    def _cut(self, pool: Pool, sizes: Int[Array, "B L"], starts: Int[Array, "B L"], counts: Int[Array, "B L"]) -> Pool:
-        """The runs of `sizes`, cut to `counts` beside the window and moved forward to `starts`."""
-        source, present = _survivors(pool, sizes, starts, counts + self.window)
-        return pool.compacted(source, present)
-
 
 def _shares(preferences: Float[Array, "B L"]) -> Float[Array, "B L"]:
     """In proportion to P; alike where no layer has any (constant attention has no variance)."""
@@ -152,28 +148,32 @@ def _shares(preferences: Float[Array, "B L"]) -> Float[Array, "B L"]:
 
 
 def _survivors(
-    pool: Pool, sizes: Int[Array, "B L"], starts: Int[Array, "B L"], allowed: Int[Array, "B L"]
-) -> tuple[Int[Array, "B G N"], Bool[Array, "B G N"]]:
-    """Where each slot of the re-laid pool comes from, and whether there is anything."""
-    total = pool.slots.shape[-1]
-    shape, index = pool.slots.shape, jnp.arange(total, dtype=jnp.int32)
-    ends = jnp.cumsum(sizes, axis=1)
+    pool: Pool, runs: Int[Array, "B L"], starts: Int[Array, "B L"], allowed: Int[Array, "B L"]
+) -> Int[Array, "B G N"]:
+    """Which slot fills each slot of the pool when the best `allowed` of each run move to `starts`; -1: none."""
+    shape, index = pool.slots.shape, jnp.arange(pool.slots.shape[-1], dtype=jnp.int32)
+    ends = jnp.cumsum(runs, axis=1)
     # The layer of each slot; past the last run, one that is allowed nothing.
     owner = jnp.sum(index >= ends[..., None], axis=1)
     begin, target, most = (
         jnp.take_along_axis(jnp.pad(each, ((0, 0), (0, 1))), owner, axis=1)[:, None]
-        for each in (ends - sizes, starts, allowed)
+        for each in (ends - runs, starts, allowed)
     )
-    worth = jnp.where(pool.slots >= 0, -pool.stats[WORTH], jnp.inf)
     held = pool.slots >= 0
     # Sorted by layer first, every run stays in its place, so that a place tells the rank within the run.
-    keys = (jnp.broadcast_to(owner[:, None], shape), ~held, worth, jnp.broadcast_to(index, shape))
+    everyone = jnp.broadcast_to(index, shape)
+    keys = (jnp.broadcast_to(owner[:, None], shape), ~held, -pool.stats[WORTH], everyone)
     order = jax.lax.sort(keys, dimension=-1, num_keys=3, is_stable=True)[3]
-    places = jnp.put_along_axis(jnp.zeros(shape, jnp.int32), order, jnp.broadcast_to(index, shape), -1, inplace=False)
+    places = jnp.put_along_axis(jnp.zeros(shape, jnp.int32), order, everyone, axis=-1, inplace=False)
     stays = held & (places - begin < most)
     earlier = jnp.cumsum(stays, axis=-1) - stays
     within = earlier - jnp.take_along_axis(earlier, jnp.broadcast_to(begin, shape), axis=-1)
-    batch, heads = jnp.ogrid[: shape[0], : shape[1]]
-    where = (batch[..., None], heads[..., None], jnp.where(stays, target + within, total))
-    source = jnp.broadcast_to(index, shape).at[where].set(jnp.broadcast_to(index, shape), mode="drop")
-    return source, jnp.zeros(shape, bool).at[where].set(True, mode="drop")
+    return _inverse(stays, target + within, shape[-1])
+
+
+def _inverse(mask: Bool[Array, "B G T"], places: Int[Array, "B G T"], total: int) -> Int[Array, "B G N"]:
+    """For each of `total` places the index of the entry in `mask` that goes there, -1 for none."""
+    batch, heads = jnp.ogrid[: mask.shape[0], : mask.shape[1]]
+    where = (batch[..., None], heads[..., None], jnp.where(mask, places, total))
+    index = jnp.broadcast_to(jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape)
+    return jnp.full((*mask.shape[:2], total), -1, jnp.int32).at[where].set(index, mode="drop")

@@ -49,42 +49,35 @@ class Pool:
             {name: jnp.zeros((batch, heads, total), jnp.float32) for name in tokens.stats},
         )
 
-    def compacted(self, source: Int[Array, "B G N"], present: Bool[Array, "B G N"]) -> "Pool":
-        """Every slot filled from `source`, which is never before the slot itself; empty where not `present`.
+    def relaid(self, source: Int[Array, "B G N"], tokens: Tokens, arriving: Int[Array, "B G N"]) -> "Pool":
+        """Every slot filled anew: with the token `arriving`, else from the slot `source`; -1 and -1: empty.
 
-        A sweep from the front, block by block, then reads nothing that it has overwritten: no second pool is needed.
+        A source never comes before its slot, so that a sweep from the front, block by block, reads nothing that it has
+        overwritten: neither a second pool nor a copy of the tokens is needed.
         """
-        total = self.slots.shape[-1]
+        total, coming = self.slots.shape[-1], tokens.with_form(rotated=True)
+        incoming = Pool(coming.keys, coming.values, coming.positions, dict(coming.stats))
+        width = min(BLOCK, total)
 
-        def move(at, width: int, pool: Pool) -> Pool:
-            index = jax.lax.dynamic_slice_in_dim(source, at, width, axis=2)
+        def move(at: Int[Array, ""] | int, width: int, pool: Pool) -> Pool:
+            here, new = (jax.lax.dynamic_slice_in_dim(each, at, width, axis=2) for each in (source, arriving))
 
-            def one(array):
-                rows = jnp.take_along_axis(array, index.reshape(*index.shape, *[1] * (array.ndim - 3)), axis=2)
+            def one(array, fresh):
+                beyond = (1,) * (array.ndim - 3)
+                held, came = (index.reshape(*index.shape, *beyond) for index in (here, new))
+                rows = jnp.where(
+                    came >= 0,
+                    jnp.take_along_axis(fresh, jnp.maximum(came, 0), axis=2).astype(array.dtype),
+                    jnp.take_along_axis(array, jnp.maximum(held, 0), axis=2),
+                )
                 return jax.lax.dynamic_update_slice_in_dim(array, rows, at, axis=2)
 
-            return jax.tree.map(one, pool)
+            return jax.tree.map(one, pool, incoming)
 
-        width = min(BLOCK, total)
         first = total % width
         pool = move(0, first, self)
         pool = jax.lax.fori_loop(0, total // width, lambda turn, pool: move(first + turn * width, width, pool), pool)
-        return replace(pool, slots=jnp.where(present, pool.slots, -1))
-
-    def write(self, target: Int[Array, "B G T"], tokens: Tokens) -> "Pool":
-        """Tokens written to the slots `target`; those beyond the pool's end are left out."""
-        batch, heads = jnp.ogrid[: target.shape[0], : target.shape[1]]
-        where = (batch[..., None], heads[..., None], target)
-
-        def put(array, rows):
-            return array.at[where].set(rows.astype(array.dtype), mode="drop")
-
-        return Pool(
-            put(self.keys, tokens.with_form(rotated=True).keys),
-            put(self.values, tokens.values),
-            put(self.slots, tokens.positions),
-            {name: put(stat, tokens.stats[name]) for name, stat in self.stats.items()},
-        )
+        return replace(pool, slots=jnp.where((source >= 0) | (arriving >= 0), pool.slots, -1))
 
 
 @pytree
@@ -116,8 +109,21 @@ class Pooled:
         """The tokens in `mask` (at most `length` a head), written to the row's own run of the pool."""
         kept = tokens.with_form(rotated=True).select(mask, capacity)
         view = cls(pool, tokens.rotary, start, length, capacity)
-        places = jnp.broadcast_to(view._places()[:, None], kept.positions.shape)
-        return replace(view, pool=pool.write(places, kept))
+        batch, heads = jnp.ogrid[: mask.shape[0], : mask.shape[1]]
+        where = (batch[..., None], heads[..., None], view._places()[:, None])
+
+        def write(array, value):
+            return array.at[where].set(value.astype(array.dtype), mode="drop")
+
+        return replace(
+            view,
+            pool=Pool(
+                write(pool.keys, kept.keys),
+                write(pool.values, kept.values),
+                write(pool.slots, kept.positions),
+                {name: write(stat, kept.stats[name]) for name, stat in pool.stats.items()},
+            ),
+        )
 
     def append(self, tokens: Tokens) -> "Pooled":
         empty = jnp.where((self.positions() < 0) & self._owned()[:, None], jnp.arange(self.capacity), self.capacity)
