@@ -41,8 +41,10 @@ class Shadow:
     counts.
 
     Attributes:
-        coefficients, basis: U and Sigma V^T of the unrotated keys, all KV heads side by side in one row a token.
-        values: of the M chunks.
+        coefficients, basis: U and Sigma V^T of the unrotated keys, all KV heads side by side in one row a token. A
+            chunk's rows of U are one row here: what is fetched together lies together, in whole lanes on a TPU (with
+            r = 160 channels to a row, its compiler turned all of U around at every step).
+        values: of the M chunks, a row each.
         places: true positions of their tokens, -1 where there is none.
         chunks: which of the N each of the M is, -1 for none.
         landmarks: of the M.
@@ -54,7 +56,7 @@ class Shadow:
         chunk: c.
     """
 
-    coefficients: Float[Array, "B Nc r"]
+    coefficients: Float[Array, "B N cr"]
     basis: Float[Array, "B G r D"]
     values: OnHost
     places: Int[Array, "B G Mc"]
@@ -112,9 +114,9 @@ class Shadow:
         blocks = min(most, many)
         size = blocks * chunk
         return cls(
-            coefficients[:, : total * chunk].astype(tokens.keys.dtype),
+            coefficients[:, : total * chunk].reshape(len(mask), total, -1).astype(tokens.keys.dtype),
             basis.astype(tokens.keys.dtype),
-            OnHost.put(moved.values),
+            OnHost.put(moved.values.reshape(*mask.shape[:2], many, -1)),
             moved.positions,
             jnp.where(there, order, -1),
             jnp.take_along_axis(landmarks, order[..., None], axis=2).astype(tokens.keys.dtype),
@@ -170,8 +172,8 @@ class Shadow:
             place = step * TURN + jnp.arange(TURN)
             entries = coming[..., jnp.minimum(place, blocks - 1)]
             goal = jnp.where(place < blocks, target[..., jnp.minimum(place, blocks - 1)], blocks + place)
-            rows = _spread(entries, self.chunk)
-            news = (self._rebuilt(entries), self.values.fetch(rows))
+            values = self.values.fetch(entries).reshape(*goal.shape[:2], -1, self.kept.shape[-1])
+            news = (self._rebuilt(entries), values)
             return tuple(scatter(old, _spread(goal, self.chunk), new) for old, new in zip(held, news, strict=True))
 
         keys, kept = jax.lax.fori_loop(0, _turns(count), turn, (self.keys, self.kept))
@@ -197,7 +199,7 @@ class Shadow:
         every = jnp.broadcast_to(jnp.arange(self.chunks.shape[-1]), self.chunks.shape)
         rows = self._resident_rows()
         keys = _put(self._rebuilt(every), rows, self.keys)
-        values = _put(self.values.whole(), rows, self.kept)
+        values = _put(self.values.whole().reshape(*self.places.shape, -1), rows, self.kept)
         return concatenate(Tokens(keys, values, self.places, self.exact.rotary), self.exact.tokens())
 
     def positions(self) -> Int[Array, "B G C"]:
@@ -225,8 +227,9 @@ class Shadow:
 
     def _rebuilt(self, entries: Int[Array, "B G n"]) -> Float[Array, "B G nc D"]:
         """Rotated keys of some of the M chunks, multiplied out."""
-        rows = _spread(jnp.maximum(jnp.take_along_axis(self.chunks, entries, axis=-1), 0), self.chunk)
-        factor = self.coefficients[jnp.arange(len(rows))[:, None, None], rows]
+        chunks = jnp.maximum(jnp.take_along_axis(self.chunks, entries, axis=-1), 0)
+        factor = self.coefficients[jnp.arange(len(chunks))[:, None, None], chunks]
+        factor = factor.reshape(*chunks.shape[:2], -1, self.basis.shape[2])
         raw = jnp.einsum("bgnr,bgrd->bgnd", factor, self.basis, preferred_element_type=jnp.float32)
         places = jnp.take_along_axis(self.places, _spread(entries, self.chunk), axis=-1)
         return self.exact.rotary(raw, places).astype(self.basis.dtype)
