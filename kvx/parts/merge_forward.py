@@ -1,4 +1,4 @@
-"""Merging forward: before a token leaves, its value may be spread over the kept ones after it (grid 1, third column)."""
+"""Merging forward: a leaving token's value may be spread over the kept ones after it (grid 1, third column)."""
 
 from typing import Any
 
@@ -81,7 +81,7 @@ class MergeForward(Losers):
     def _merged(
         self, tokens: Tokens, leaving: Bool[Array, "B G C"], most: int, context: Context
     ) -> tuple[Int[Array, "B G M"], Float[Array, "B G M V"]]:
-        """Slots that take something over, ascending and distinct, and their new values; those from C on are no slots."""
+        """Slots that take something over, ascending, and their new values; those from C on stand for none."""
         kept, capacity = tokens.present & ~leaving, leaving.shape[-1]
         _, victims = jax.lax.top_k(leaving.astype(jnp.int32), min(most, capacity))
         going = jnp.take_along_axis(leaving, victims, axis=-1)

@@ -1,4 +1,4 @@
-"""SimHash: the signs of random projections as bits, packed into words; two codes differ in a share angle / pi of them."""
+"""SimHash: signs of random projections, packed into words; two codes differ in a share angle / pi of their bits."""
 
 import jax
 import jax.numpy as jnp

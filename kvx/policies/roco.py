@@ -19,7 +19,8 @@ def roco(
     sinks: int = 4,
     recent: int = 10,
 ) -> Policy:
-    """Ren and Zhu 2024, "On the Efficacy of Eviction Policy for Key-Value Constrained Generative Language Model Inference".
+    """Ren and Zhu 2024, "On the Efficacy of Eviction Policy for Key-Value Constrained Generative Language Model
+    Inference".
 
         m_j = sum_i p_ij / c_j,    d_j = sqrt(max(sum_i p_ij^2 / c_j - m_j^2, 0)),    c_j queries at or after token j
         int(share C) slots to the largest d, the newest tokens first of all; among the others the lowest m leaves

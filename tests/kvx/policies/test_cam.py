@@ -130,7 +130,9 @@ def let_go(before, victims, width, most=None, seed=0):
 
 def held(after):
     """Values by position, of the first head."""
-    return {int(place): np.asarray(after.values)[0, 0, slot] for slot, place in enumerate(after.slots[0, 0]) if place >= 0}
+    return {
+        int(place): np.asarray(after.values)[0, 0, slot] for slot, place in enumerate(after.slots[0, 0]) if place >= 0
+    }
 
 
 def test_a_probability_of_zero_is_the_base_policy():
@@ -157,10 +159,7 @@ def test_what_leaves_under_equal_attention_is_kept_by_the_others(victims, width)
     before = store(np.full(8, 0.3), heads=3)
     after = let_go(before, victims, width)
     there, was = (np.asarray(each.positions()) >= 0 for each in (after, before))
-    sums = [
-        np.where(mask[..., None], each.values, 0).sum(axis=2)
-        for each, mask in ((after, there), (before, was))
-    ]
+    sums = [np.where(mask[..., None], each.values, 0).sum(axis=2) for each, mask in ((after, there), (before, was))]
     np.testing.assert_allclose(*sums, atol=1e-5)
     np.testing.assert_array_equal(after.keys, before.keys)
     np.testing.assert_array_equal(after.stats[FLOW], before.stats[FLOW])

@@ -1,4 +1,4 @@
-"""Claims about RoCo (Ren and Zhu 2024): its sheet's hand case, and the whole rule against dense numpy, also in strides."""
+"""Claims about RoCo (Ren and Zhu 2024): a hand case, and the whole rule against dense numpy, also in strides."""
 
 from dataclasses import replace
 
