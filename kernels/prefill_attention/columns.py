@@ -6,6 +6,7 @@ squares that a variance needs, the mass that comes from near by, and a vote of t
 
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,7 @@ def near_width(lengths: Int[Array, "B"], near: float) -> Int[Array, "B"]:
     return jnp.ceil(near * lengths - 1e-4).astype(jnp.int32)
 
 
-def share_of(lengths: Int[Array | np.ndarray, "*rows"], share: float) -> Int[Array | np.ndarray, "*rows"]:
+def share_of(lengths: Int[Any, "*rows"], share: float) -> Int[Any, "*rows"]:
     """floor(share * length), of numpy's arrays too: one float32 product, which every backend rounds alike."""
     return (lengths.astype("float32") * np.float32(share)).astype("int32")
 

@@ -39,7 +39,7 @@ class CutBlocks(Stage):
     share: float = static(0.9)
     last: float = static(0.1)
     rise: float = static(1.2)
-    evicts = True
+    evicts = True  # type: ignore[assignment]
     unchained = True
 
     def observe(self, prefill: bool) -> Requests:
