@@ -32,6 +32,7 @@ SMALL = {
     "q_filters": "q_filters(budget=16, window=4)",
     "quantspec": "quantspec(group=8)",
     "quest": "quest(budget=16, page=4)",
+    "razor_attention": "razor_attention(buffer=8, ratio=3, sinks=2, induction=0.3, block=12)",
     "snapkv": "snapkv(budget=16, window=4)",
     "streaming_llm": "streaming_llm(budget=16)",
     "tidaldecode": "tidaldecode(budget=16, layers=(0,))",
@@ -122,6 +123,21 @@ def test_a_run_of_slots_that_all_heads_share_is_split_by_rows_only():
     cache = generated(placed(), parse_policy(SMALL["adakv"])).cache
     assert spec(cache.layers[0].keys) == PartitionSpec("data")
     assert spec(cache.layers[0].tail.keys) == PartitionSpec("data", "tensor")
+
+
+def test_stores_of_some_heads_are_split_by_rows_and_their_lists_of_heads_are_not():
+    """Also where a part has as many heads as there are rows."""
+    cache = generated(placed(), parse_policy("razor_attention(buffer=8, ratio=3, heads=((0, 0),))")).cache
+    store = cache.layers[0]
+    assert spec(store.stores[0].keys) == PartitionSpec("data")
+    assert spec(store.stores[1].tiers[1].key) == spec(store.stores[1].tiers[0].slots) == PartitionSpec("data")
+    assert spec(cache.layers[1].stores[0].tiers[0].keys) == PartitionSpec("data", "tensor")
+    four = tiny.model(num_hidden_layers=1, vocab_size=98, num_attention_heads=8, num_key_value_heads=8)
+    heads = tuple((0, head) for head in range(4))
+    policy = kvx.policies.razor_attention(8, 3, heads=heads)
+    results = [generated(each, policy) for each in (four, place_model(four, mesh()))]
+    assert_same(*results)
+    assert all(spec(members) == PartitionSpec() for members in results[1].cache.layers[0].split.members)
 
 
 def test_weights_are_split_by_the_names_of_their_axes():

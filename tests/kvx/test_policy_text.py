@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import kvx
 from kvx.errors import BadInput
 from kvx.policies.registry import find, names
-from kvx.policy_text import parse_policy
+from kvx.policy_text import amended, parse_policy
 
 BUDGETS = st.one_of(st.integers(64, 4096), st.floats(1e-6, 1.0, exclude_min=False))
 PARAMETERS = {
@@ -121,3 +121,12 @@ def test_any_text_is_a_policy_or_one_refusal(text):
         assert len(str(error).splitlines()) == 1
     else:
         assert isinstance(policy, kvx.Policy)
+
+
+def test_parameters_are_set_in_the_method_that_made_a_stage():
+    """By stage, since several methods of a chain may have parameters of one name, or several stages."""
+    assert amended("snapkv(256, window=8)+mikv(64)", 0, {"window": 16}) == "snapkv(budget=256, window=16)+mikv(high=64)"
+    assert amended("streaming_llm(8)", 1, {"sinks": 2}) == "streaming_llm(budget=8, sinks=2)"
+    assert amended("h2o(256)+mikv(64, heads=max)", 1, {"heads": "sum"}) == "h2o(budget=256)+mikv(high=64, heads='sum')"
+    assert amended("snapkv(256)", 0, {}) == "snapkv(256)", "nothing to set"
+    assert amended("policy", 0, {"window": 16}) == "policy", "put together by hand"
