@@ -1,5 +1,7 @@
 """Claims about calibration and Q-Filters (Godey et al. 2025): directions, signs, groups, and what they keep."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +23,9 @@ def batches(count=2, length=48):
 
 
 def with_directions(policy, directions):
-    return jax.tree.unflatten(
-        jax.tree.structure(policy, is_leaf=lambda leaf: leaf is None), [jnp.asarray(directions, jnp.float32)]
-    )
+    (stage,) = policy.stages
+    score = replace(stage.score, directions=jnp.asarray(directions, jnp.float32))
+    return replace(policy, stages=(replace(stage, score=score),))
 
 
 def directions(policy):

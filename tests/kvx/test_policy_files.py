@@ -68,7 +68,7 @@ def test_a_policy_that_its_text_does_not_describe_is_refused(tmp_path):
     [
         ({}, {"format": "pt"}, "metadata"),
         ({}, METADATA | {"policy": "q_filtres(budget=64)"}, "did you mean 'q_filters'"),
-        ({}, METADATA | {"policy": "x" * 9000}, "at most 4000"),
+        ({}, METADATA | {"policy": "x" * 17_000}, "at most 16000"),
         ({"stages/0/other": np.zeros(2, np.float32)}, METADATA, "does not have"),
         ({PLACE: np.full((2, 2, 8), np.nan, np.float32)}, METADATA, "not finite"),
     ],
