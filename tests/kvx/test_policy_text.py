@@ -20,6 +20,8 @@ PARAMETERS = {
     "pyramidkv": {"budget": BUDGETS, "table": st.one_of(st.none(), st.tuples(st.integers(1, 9), st.integers(1, 9)))},
     "q_filters": {"budget": BUDGETS, "every_step": st.booleans()},
     "quest": {"budget": BUDGETS, "skip": st.just(())},
+    "minicache": {"start": st.floats(0, 1), "gamma": st.one_of(st.none(), st.floats(0, 1))},
+    "tidaldecode": {"budget": BUDGETS, "layers": st.one_of(st.none(), st.just((-1, 3))), "group": st.none()},
 }
 
 
