@@ -1,5 +1,6 @@
 """Ranking: exact, per row and head, with dynamic counts; in a tie the lower position stays."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -40,14 +41,18 @@ def largest_remainder(
     """
     count = shares.shape[0]
     total = jnp.minimum(total, jnp.sum(caps, axis=0))
-    full = jnp.zeros(shares.shape, bool)
-    for _ in range(count):
-        # Each round can only add capped entries; after `count` rounds nothing changes any more.
+
+    def fill(_, state):
+        full, _ = state
         left = total - jnp.sum(jnp.where(full, caps, 0), axis=0)
         # Entries without a share take what the capped ones leave, evenly.
         weight = jnp.where(full, 0.0, jnp.maximum(shares, 1e-20))
         ideal = left * weight / jnp.maximum(jnp.sum(weight, axis=0), 1e-30)
-        full = full | (ideal >= caps)
+        return full | (ideal >= caps), ideal
+
+    # Each round can only add capped entries; after `count` rounds nothing changes any more.
+    none = jnp.zeros(shares.shape, bool), jnp.zeros(shares.shape, jnp.float32)
+    full, ideal = jax.lax.fori_loop(0, count, fill, none)
     exact = jnp.where(full, caps.astype(jnp.float32), ideal)
     floors = jnp.minimum(jnp.floor(exact).astype(jnp.int32), caps)
     missing = total - jnp.sum(floors, axis=0)
