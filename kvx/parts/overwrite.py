@@ -91,11 +91,8 @@ class Overwrite(Stage):
 
         holder, _ = jax.lax.scan(arrive, holder, (jnp.arange(earlier, length, dtype=jnp.int32), queries))
         batch, heads = jnp.ogrid[: mask.shape[0], : mask.shape[1]]
-        kept = jnp.zeros(mask.shape, bool)
-        kept = kept.at[batch[..., None], heads[..., None], jnp.where(holder >= 0, holder, length)].set(
-            True, mode="drop"
-        )
-        return tokens, kept, counts
+        where = (batch[..., None], heads[..., None], jnp.where(holder >= 0, holder, length))
+        return tokens, jnp.zeros(mask.shape, bool).at[where].set(True, mode="drop"), counts
 
     def before(self, store: Any, state: Int[Array, "B"], query: Query, context: Context) -> tuple[Any, Int[Array, "B"]]:
         positions, coming = store.positions(), query.positions[:, :1]

@@ -45,9 +45,8 @@ def cam(
     first = whole(sinks, "sinks", least=0)
     window = share_of_budget(kept, recent) if host == "h2o" else Slots(1)
     protected = first + (window.count if isinstance(window, Slots) else 1)
-    check_protected(
-        kept, protected, f"sinks={sinks} and " + (f"recent={recent}" if host == "h2o" else "the newest token")
-    )
+    newest = f"recent={recent}" if host == "h2o" else "the newest token"
+    check_protected(kept, protected, f"sinks={sinks} and {newest}")
     evict = Evict(
         ColumnMass() if host == "h2o" else Recency(),
         Uniform(kept),
