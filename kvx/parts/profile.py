@@ -60,6 +60,9 @@ class Profile(Stage):
     token; others have one slot for the token that is seen in its own step, and slots for a `reserve` of tokens of kinds
     that they keep, beyond which the oldest generated one of them goes.
 
+    A layer's run is as large as its own rules need, in eighths of the worst case. Shapes then follow the prompt: one
+    whose layers need other eighths than those before it compiles its decode step anew.
+
     Attributes:
         recovery: share of the attention that a rule must recover.
         frequent: share of the prompt's length that are heavy hitters, by mean attention, outside the kept kinds.
