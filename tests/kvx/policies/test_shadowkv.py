@@ -275,7 +275,7 @@ def test_a_row_that_has_ended_keeps_its_chunks(model):
 
 
 def test_positions_are_those_of_the_tokens_that_a_selection_kept(model):
-    """After SnapKV a head's chunks hold what it kept; rotation is at true positions, so at full rank nothing changes."""
+    """After SnapKV a head's chunks hold what it kept; rotation is at true positions: at full rank nothing changes."""
     prompts, lengths = tiny.prompts(120, 90)
     text = np.random.default_rng(1).integers(0, 97, (2, STEPS)).astype(np.int32)
     selection = kvx.policies.snapkv(60, window=8)
