@@ -235,5 +235,6 @@ class HeadClasses(Stage):
 
 
 def _reaches_beyond(stage: Stage) -> bool:
-    """Whether a stage learns by layer and head, or attends to more than a store of some heads."""
-    return stage.learns or type(stage).read is not Stage.read or (stage.recalls and not stage.stores)
+    """Whether a stage learns by layer and head, or needs more than a store of some heads and the hooks passed on."""
+    own = any(getattr(type(stage), hook) is not getattr(Stage, hook) for hook in ("read", "settle"))
+    return own or stage.learns or stage.aligned or stage.unchained or (stage.recalls and not stage.stores)
