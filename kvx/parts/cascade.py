@@ -65,6 +65,7 @@ class Cascade(Stage):
     stores = True
     bounded = True
     decides = "cascade"
+    unchained = True
 
     @property
     def window(self) -> int:

@@ -82,7 +82,7 @@ class Profile(Stage):
     table: Int8[Array, "N"] | None = None
     stores = True
     measures = True
-    evicts = True
+    evicts = True  # type: ignore[assignment]
     by_kind = True
 
     def with_kinds(self, table: Int8[Array, "N"]) -> "Profile":

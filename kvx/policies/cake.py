@@ -1,6 +1,7 @@
 """CAKE (2025): layers share a budget by entropy and variance of their attention, cascading through the prefill."""
 
 import math
+from typing import Any
 
 from kvx.errors import BadInput
 from kvx.parts.amounts import amount, whole
@@ -58,7 +59,7 @@ def cake(
     return Policy((Cascade(score, kept, _number(tau1, "tau1"), _number(tau2, "tau2")),))
 
 
-def _number(value: object, name: str, zero: bool = False) -> float:
+def _number(value: Any, name: str, zero: bool = False) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < 0 or (value == 0 and not zero):
         raise BadInput(

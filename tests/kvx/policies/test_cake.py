@@ -11,7 +11,7 @@ import kvx
 from kvx import policies
 from kvx.cache import ENDLESS
 from kvx.evidence import Evidence
-from kvx.policy import Context, Spec, round_up
+from kvx.policy import Context, Spec, chain, round_up
 from kvx.prefill import _ascend
 from tests.kvx.policies.direct import attention, context, evidence, kept, tokens
 from tests.kvx.policies.masked_simulation import Simulation, kept_by
@@ -247,3 +247,8 @@ def test_a_prefill_holds_the_pool_and_one_full_layer(monkeypatch):
 def test_parameters_that_cannot_be_are_refused(wrong):
     with pytest.raises(kvx.BadInput, match=next(iter(wrong))):
         policies.cake(32, **wrong)
+
+
+def test_nothing_else_can_select_before_the_pool():
+    with pytest.raises(kvx.BadInput, match="cake"):
+        chain(policies.snapkv(64), policies.cake(32, window=WINDOW))

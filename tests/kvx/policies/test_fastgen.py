@@ -13,7 +13,7 @@ from kvx.evidence import Evidence
 from kvx.kernels.prefill_attention.columns import SUM, Column
 from kvx.kinds import PUNCTUATION, SPECIAL
 from kvx.parts.profile import EVERYTHING, KIND, LOCAL, PUNCTUATED, SPECIALS
-from kvx.policy import round_up
+from kvx.policy import chain, round_up
 from kvx.stores.flat import Flat
 from tests.kvx.policies.direct import context, tokens
 from tests.kvx.policies.masked_simulation import Simulation, kept_by
@@ -245,6 +245,14 @@ def test_inside_a_callers_jit_the_worst_case_is_packed_and_the_same_is_kept():
                 places = [np.asarray(store.positions())[row, head] for store in (own, other)]
                 np.testing.assert_array_equal(*(np.sort(each[each >= 0]) for each in places))
         assert other.slots.shape[1] == round_up(100 + 8) * 2
+
+
+def test_after_a_selection_it_profiles_what_is_left():
+    prompt, _ = prompts(100)
+    policy = chain(policies.snapkv(48, window=8), policies.fastgen(1.0))
+    _, cache = kvx.prefill(model(), prompt, policy, max_new_tokens=16)
+    _, selected = kvx.prefill(model(), prompt, policies.snapkv(48, window=8), max_new_tokens=16)
+    assert kept_by(cache) == kept_by(selected)
 
 
 def test_kinds_are_saved_with_the_policy(tmp_path):
