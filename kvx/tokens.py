@@ -5,6 +5,7 @@ from dataclasses import field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.pytree import pytree, static
@@ -69,7 +70,7 @@ class Tokens:
         )
         return self.take(source, jnp.arange(capacity) < jnp.sum(mask, axis=-1, keepdims=True))
 
-    def heads(self, index: Int[Array, "H"]) -> "Tokens":
+    def heads(self, index: Int[Array | np.ndarray, "H"]) -> "Tokens":
         """The tokens of these KV heads."""
         return replace(
             self,
