@@ -28,6 +28,7 @@ from kvx.policies import (
     less,
     mikv,
     minicache,
+    paged,
     pyramidinfer,
     pyramidkv,
     q_filters,
@@ -141,6 +142,8 @@ CASES: dict[str, Case] = {
         lambda budget: tidaldecode(budget, layers=(0, 1), group="mean"), evicts=False
     ),
     "shadowkv": Case(_shadowkv, evicts=False),
+    "paged": Case(lambda budget: paged(), evicts=False),
+    "snapkv+paged": Case(lambda budget: chain(snapkv(budget, window=8), paged(8))),
     # Its first layer is exempt, so the budget says nothing about it; it decides when all layers are known.
     "d2o": Case(lambda budget: d2o(budget, skip=(0,)), evicts=False, chunked=False),
     "roco": Case(roco),
