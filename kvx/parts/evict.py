@@ -127,6 +127,12 @@ class Evict(Stage):
         tokens, carried = self.losers.settle(tokens, kept, mask & ~kept, evidence, context)
         return tokens, kept, (counts, sinks, recent, carried)
 
+    def before(self, store: Any, state: Any, query: Query, context: Context) -> tuple[Any, Any]:
+        if not self.every:
+            return store, state
+        store, carried = self.losers.before(store, state[-1], context)
+        return store, (*state[:-1], carried)
+
     def step(self, store: Any, state: Any, evidence: Evidence, context: Context) -> tuple[Any, Any]:
         if not self.every:
             return store, state
@@ -142,6 +148,10 @@ class Evict(Stage):
         excess = jnp.where(excess >= self.every, excess, 0)
         store, carried = self.losers.step(store, carried, scores, excess, self.every, context)
         return store, (counts, sinks, recent, carried)
+
+    @property
+    def unchained(self) -> bool:  # type: ignore[override]
+        return self.losers.unchained
 
     @property
     def recalls(self) -> bool:  # type: ignore[override]

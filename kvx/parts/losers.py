@@ -17,9 +17,11 @@ class Losers(Protocol):
 
     Class attributes:
         recalls: its state holds what became of them (`recall`).
+        unchained: it writes into the store's slots itself; see `Stage.unchained`.
     """
 
     recalls: bool = False
+    unchained: bool = False
 
     def check(self, spec: Spec) -> None:
         """Refuse a model it cannot serve (BadInput)."""
@@ -46,6 +48,13 @@ class Losers(Protocol):
     ) -> tuple[Tokens, Any]:
         """After a prompt or chunk: the tokens, changed where survivors took something over, and a state."""
         ...
+
+    def before(self, store: Any, state: Any, context: Context) -> tuple[Any, Any]:
+        """Before the next token is appended: what the last step left to be written.
+
+        Written in that step, after the read, XLA would copy the array rather than order the two.
+        """
+        return store, state
 
     def step(
         self,

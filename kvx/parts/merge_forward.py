@@ -1,6 +1,6 @@
 """Merging forward: a leaving token's value may be spread over the kept ones after it (grid 1, third column)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +30,19 @@ class MergeForward(Losers):
     and A_j does not inherit A_i. Tokens that leave together each merge by what was there before. A counts from the end
     of the prompt on, where nothing merges, as in kvpress.
 
-    Sums are float32 and rounded once a decision to the dtype of the cache.
+    Sums are float32 and rounded once a decision to the dtype of the cache. A value is spread just before the next token
+    comes, while the slot it left still holds it; the state is which slots those are.
 
     Attributes:
         width: kept tokens that share a value.
+        most: tokens that leave together.
         seed: of the coins, one for each (layer, KV head, true position).
     """
 
     width: int = static(32)
+    most: int = static(1)
     seed: int = static(0)
+    unchained: ClassVar[bool] = True
 
     def observe(self, prefill: bool) -> Requests:
         return Requests() if prefill else Requests(rows=1)
@@ -57,7 +61,8 @@ class MergeForward(Losers):
         evidence: Evidence,
         context: Context,
     ) -> tuple[Tokens, Any]:
-        return tokens, None
+        nowhere = jnp.zeros((*kept.shape[:2], self.most), jnp.int32)
+        return tokens, (nowhere, nowhere - 1)
 
     def step(
         self,
@@ -68,57 +73,67 @@ class MergeForward(Losers):
         most: int,
         context: Context,
     ) -> tuple[Any, Any]:
+        assert most <= self.most, "the state has a place for each that leaves"
+        positions = store.positions()
+        leaving = weakest_several(scores, positions, excess, most)
+        going, slots = jax.lax.top_k(leaving.astype(jnp.int32), self.most)
+        left = jnp.where(going > 0, jnp.take_along_axis(positions, slots, axis=-1), -1)
+        return store.release(scores, excess, most), (slots, left)
+
+    def before(self, store: Any, state: Any, context: Context) -> tuple[Any, Any]:
+        slots, left = state
         tokens = store.tokens()
-        leaving = weakest_several(scores, tokens.positions, excess, most)
 
         def merged():
-            return self._merged(tokens, leaving, most, context)
+            return self._merged(tokens, slots, left, context)
 
         # Where several leave at once, nobody does at most steps.
-        targets, values = merged() if most == 1 else jax.lax.cond(jnp.any(leaving), merged, self._nothing(tokens, most))
-        return store.write_values(targets, values).release(scores, excess, most), state
+        some = merged() if self.most == 1 else jax.lax.cond(jnp.any(left >= 0), merged, lambda: self._nothing(tokens))
+        return store.write_values(*some), (slots, jnp.full_like(left, -1))
 
     def _merged(
-        self, tokens: Tokens, leaving: Bool[Array, "B G C"], most: int, context: Context
+        self, tokens: Tokens, slots: Int[Array, "B G N"], left: Int[Array, "B G N"], context: Context
     ) -> tuple[Int[Array, "B G M"], Float[Array, "B G M V"]]:
-        """Slots that take something over, ascending, and their new values; those from C on stand for none."""
-        kept, capacity = tokens.present & ~leaving, leaving.shape[-1]
-        _, victims = jax.lax.top_k(leaving.astype(jnp.int32), min(most, capacity))
-        going = jnp.take_along_axis(leaving, victims, axis=-1)
-        positions = jnp.take_along_axis(tokens.positions, victims, axis=-1)
+        """Slots that take something over, ascending, and their new values; those from C on stand for none.
+
+        Args:
+            slots, left: what tokens left, and their positions, -1 for none.
+        """
+        kept, capacity = tokens.present, tokens.positions.shape[-1]
         # A window is a run of places among the kept tokens, in the order of the text.
         place = ranks(kept.astype(jnp.float32), tokens.positions)[..., None]
-        start = jnp.sum(kept[..., None] & (tokens.positions[..., None] < positions[:, :, None]), axis=2)
+        start = jnp.sum(kept[..., None] & (tokens.positions[..., None] < left[:, :, None]), axis=2)
         inside = kept[..., None] & (place >= start[:, :, None]) & (place < start[:, :, None] + self.width)
         size = jnp.sum(inside, axis=2)
 
         flow = tokens.stats[FLOW]
         mean = jnp.sum(jnp.where(inside, flow[..., None], 0.0), axis=2) / jnp.maximum(size, 1)
-        probability = merge_probability(jnp.take_along_axis(flow, victims, axis=-1), mean)
-        merges = going & (size > 0) & (uniforms(self.seed, context.layer, jnp.maximum(positions, 0)) < probability)
+        probability = merge_probability(jnp.take_along_axis(flow, slots, axis=-1), mean)
+        drawn = uniforms(self.seed, context.layer, jnp.maximum(left, 0)) < probability
+        merges = (left >= 0) & (size > 0) & drawn
 
         # Windows overlap where several leave: a slot takes the sum of what comes, and is written once.
         share = jnp.where(inside & merges[:, :, None], 1 / jnp.maximum(size, 1)[:, :, None], 0.0)
-        targets = self._targets(jnp.any(share > 0, axis=-1), most)
+        targets = self._targets(jnp.any(share > 0, axis=-1))
         rows = jnp.minimum(targets, capacity - 1)[..., None]
         taken = jnp.einsum(
             "bgmn,bgnv->bgmv",
             jnp.take_along_axis(share, rows, axis=2),
-            jnp.take_along_axis(tokens.values, victims[..., None], axis=2).astype(jnp.float32),
+            jnp.take_along_axis(tokens.values, slots[..., None], axis=2).astype(jnp.float32),
             precision="highest",
         )
         return targets, jnp.take_along_axis(tokens.values, rows, axis=2).astype(jnp.float32) + taken
 
-    def _targets(self, touched: Bool[Array, "B G C"], most: int) -> Int[Array, "B G M"]:
+    def _targets(self, touched: Bool[Array, "B G C"]) -> Int[Array, "B G M"]:
         """The touched slots, ascending; past the last where there are fewer than the most there can be."""
         index = jnp.arange(touched.shape[-1], dtype=jnp.int32)
         keys = jnp.where(touched, index, index + index.size)
-        return -jax.lax.top_k(-keys, min(most * self.width, index.size))[0]
+        return -jax.lax.top_k(-keys, min(self.most * self.width, index.size))[0]
 
-    def _nothing(self, tokens: Tokens, most: int):
-        """What `_merged` answers where nobody leaves."""
-        targets = self._targets(jnp.zeros(tokens.positions.shape, bool), most)
-        return lambda: (targets, jnp.zeros((*targets.shape, tokens.values.shape[-1]), jnp.float32))
+    def _nothing(self, tokens: Tokens) -> tuple[Int[Array, "B G M"], Float[Array, "B G M V"]]:
+        """What `_merged` answers where nobody has left."""
+        targets = self._targets(jnp.zeros(tokens.positions.shape, bool))
+        return targets, jnp.zeros((*targets.shape, tokens.values.shape[-1]), jnp.float32)
 
 
 def merge_probability(own: Float[Array, "*shape"], mean: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
