@@ -20,6 +20,9 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Only tokens at least this share as likely as the best.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 repeats less.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**32 - 1)] = 0,
+    speculate: Annotated[
+        int | None, typer.Option(help="Draft so many tokens a round (--policy quantspec); the text comes at the end.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template. Default: if the model has one.")
@@ -33,6 +36,8 @@ def generate(
         kvx generate smollm2-135m-instruct "What is a cache?"
 
         kvx generate smollm2-135m-instruct - --policy "snapkv(budget=256)" < long.txt
+
+        kvx generate smollm2-135m-instruct "What is a cache?" --policy quantspec --speculate 5
 
         kvx generate ./my-model "Once upon a time" --no-chat --temperature 0.8 --top-p 0.95
     """
@@ -57,6 +62,13 @@ def generate(
         chosen = chosen.with_kinds(token_kinds(tokenizer))
     ids = prompt_ids(tokenizer, text, system, tokenizer.has_chat_template if chat is None else chat)
     row = np.asarray([ids])
+    if speculate is not None:
+        found = kvx.speculate(
+            decoder, row, policy=chosen, gamma=speculate, max_new_tokens=count, sampling=rule, stop=tokenizer.eos_ids,
+            seed=seed,
+        )  # fmt: skip
+        _report_speculation(found, tokenizer, chosen.text, len(ids), json)
+        return
     begin = time.perf_counter()
     logits, cache = kvx.prefill(decoder, row, chosen, max_new_tokens=count)
     assert isinstance(cache, kvx.KVCache), "one policy gives one cache"
@@ -109,6 +121,31 @@ def prompt_ids(tokenizer: Any, text: str, system: str | None, chat: bool) -> lis
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     return tokenizer.encode(tokenizer.chat(messages), add_special=False)
+
+
+def _report_speculation(found: Any, tokenizer: Any, policy: str, prompt: int, as_json: bool) -> None:
+    """Text and acceptance; no speed, since the one compiled loop's first run compiles it."""
+    from json import dumps
+
+    new = int(found.lengths[0])
+    result = {
+        "text": tokenizer.decode(found.tokens[0, :new].tolist()),
+        "policy": policy,
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+        "cache_bytes": found.cache.nbytes,
+        "target_passes": int(found.passes[0]),
+        "acceptance": float(found.acceptance[0]),
+    }
+    if as_json:
+        print(dumps(result, indent=2, ensure_ascii=False))
+        return
+    print(result["text"], flush=True)
+    print(
+        f"[{policy}: {prompt} prompt tokens in {result['cache_bytes'] / 2**20:.2f} MiB of cache, {new} tokens in "
+        f"{result['target_passes']} target passes, {result['acceptance']:.0%} of drafts accepted]",
+        file=sys.stderr,
+    )
 
 
 def _report(result: dict[str, Any], shown: str, as_json: bool) -> None:

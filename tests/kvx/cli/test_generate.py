@@ -71,3 +71,14 @@ def test_standard_input_is_read(loaded, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello there"))
     run("-", "--no-chat", "--max-new-tokens", "4")
     assert capsys.readouterr().out == expected("Hello there", max_new_tokens=4) + "\n"
+
+
+def test_speculation_prints_the_text_of_the_same_policy_and_its_acceptance(loaded, capsys):
+    arguments = ("Hello there", "--no-chat", "--max-new-tokens", "12", "--policy", "quantspec", "--speculate", "3")
+    run(*arguments)
+    shown = capsys.readouterr()
+    text = expected("Hello there", policy=kvx.policies.quantspec(), max_new_tokens=12)
+    assert shown.out == text + "\n" and "% of drafts accepted" in shown.err
+    run(*arguments, "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["text"] == text and result["new_tokens"] == 12 and 3 <= result["target_passes"] <= 11
