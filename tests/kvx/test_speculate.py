@@ -133,11 +133,14 @@ def test_a_row_of_a_batch_equals_the_row_alone():
         assert np.array_equal(alone.rounds[0], together.rounds[row])
 
 
-VOCABULARY, ROWS = 5, 4096
+VOCABULARY, ROWS = 5, 1024
 
 
-def small(layers: int = 2, **changes):
-    return tiny.model(num_hidden_layers=layers, vocab_size=VOCABULARY, **changes)
+def small(layers: int = 2):
+    return tiny.model(
+        num_hidden_layers=layers, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
 
 
 def joint_law(policy, rule, prompt) -> np.ndarray:
@@ -171,7 +174,7 @@ RULES = {
 }
 DRAFTERS = {
     "narrow": lambda: (quantspec(2, group=8, gamma=2), None),
-    "another model": lambda: (full(), Drafter(small(1, hidden_size=32), full())),
+    "another model": lambda: (full(), Drafter(small(1), full())),
 }
 
 
@@ -182,7 +185,7 @@ def test_sampled_texts_have_the_joint_law_of_the_target(name, rule):
     policy, drafter = DRAFTERS[name]()
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, (1, 40)).astype(np.int32)
     counts, stood = np.zeros((VOCABULARY,) * 3), []
-    for seed in range(2):
+    for seed in range(8):
         found = speculate(
             small(), np.tile(prompt, (ROWS, 1)), policy=policy, draft=drafter, gamma=2, max_new_tokens=4,
             sampling=RULES[rule], seed=range(seed * ROWS, (seed + 1) * ROWS),
@@ -244,7 +247,7 @@ def test_no_round_copies_a_cache_sized_array(beside):
         ({"policy": full()}, "no narrow view to draft with"),
         ({"policy": h2o(64)}, "h2o.* cannot take back tokens"),
         ({"policy": streaming_llm(64)}, "cannot take back tokens"),
-        ({"policy": quest(64)}, "cannot take back tokens"),
+        ({"policy": quest(64, skip=(0,))}, "cannot take back tokens"),
         ({"policy": kivi(group=16, residual=16)}, "cannot take back tokens"),
         ({"policy": nested(3), "gamma": 4}, "gamma=4 is more than .* can take back; allowed: 0 to 3"),
         ({"policy": full(), "draft": lambda: Drafter(target(), h2o(64))}, "draft.policy=h2o"),
