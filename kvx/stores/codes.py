@@ -80,7 +80,7 @@ class ChannelCodes:
             self,
             words=put_words(self.words, codes.words),
             ranges=put(self.ranges, codes.ranges),
-            lower=None if self.lower is None else put_words(self.lower, codes.lower),
+            lower=self.lower if self.lower is None or codes.lower is None else put_words(self.lower, codes.lower),
         )
 
     @property
@@ -138,7 +138,7 @@ class TokenCodes:
             self,
             words=scatter(self.words, slots, codes.words),
             ranges=scatter(self.ranges, slots, codes.ranges),
-            lower=None if self.lower is None else scatter(self.lower, slots, codes.lower),
+            lower=self.lower if self.lower is None or codes.lower is None else scatter(self.lower, slots, codes.lower),
         )
 
     @property
