@@ -4,13 +4,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from kvx.cache import KVCache
 from kvx.errors import BadInput
 from kvx.parts.amounts import whole
 
-Start = TypeVar("Start", bound=KVCache | tuple[Array, KVCache])
+Start = TypeVar("Start")
 
 
 def fork(start: Start, copies: int) -> Start:

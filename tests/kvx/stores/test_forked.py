@@ -75,7 +75,7 @@ def test_a_fork_equals_attention_with_the_prefix_copied_into_every_row(levels, l
 
 @pytest.mark.parametrize("levels", [1, 3])
 def test_what_it_stands_for_and_its_probabilities_are_in_one_order(levels):
-    store, everything, next = grown(levels)
+    store, _everything, next = grown(levels)
     asked = query(next[:, None])
     keys, values, positions = store.dense()
     for row in range(len(next)):
