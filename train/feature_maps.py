@@ -133,7 +133,7 @@ def _steps(
         # In units of the sparse policy's error: Adam does not mind the scale, but for its epsilon.
         return error(attention(maps, sample, drop(queries), drop(keys)), sample, kernel) / unit
 
-    def step(state, index):
+    def step(state: Any, index: Int[Array, ""]) -> tuple[Any, None]:
         maps, inner = state
         which, where, *chances = jax.random.split(jax.random.fold_in(key, index), 4)
         chosen = jax.random.choice(which, texts, (batch,), replace=False)

@@ -1,6 +1,6 @@
 """Losers: what happens to tokens that do not stay (grid 1, third column)."""
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -20,7 +20,7 @@ class Losers(Protocol):
         unchained: it writes into the store's slots itself; see `Stage.unchained`.
     """
 
-    recalls: bool = False
+    recalls: ClassVar[bool] = False
     unchained: bool = False
 
     def check(self, spec: Spec) -> None:
