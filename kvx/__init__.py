@@ -3,6 +3,7 @@
 from kvx import policies
 from kvx.cache import KVCache
 from kvx.calibrate import calibrate
+from kvx.chain import chain
 from kvx.compilation_cache import enable_compilation_cache
 from kvx.drafters import Drafter
 from kvx.edit import edit
@@ -11,7 +12,7 @@ from kvx.fork import fork
 from kvx.generate import Generation, decode_step, generate, stream, teacher_forced
 from kvx.labelled import LabelledPrompt, labelled_prompt
 from kvx.policies.registry import policy
-from kvx.policy import Policy, chain
+from kvx.policy import Policy
 from kvx.policy_files import load_policy, save_policy
 from kvx.policy_text import parse_policy
 from kvx.prefill import prefill

@@ -5,6 +5,9 @@ from itertools import count
 
 STEP = 128
 
+LANE = 16
+"""Capacities are rounded up to this many slots: the sublane tile of a 16-bit array on a TPU."""
+
 
 def edges() -> Iterator[int]:
     """128 x {1, 1.5, 2, 3, 4, 6, 8, 12, ...}."""
@@ -35,3 +38,8 @@ def shortest(length: int) -> int:
             return below + 1
         below = edge
     raise AssertionError("edges() does not end")
+
+
+def round_up(count: int, multiple: int = LANE) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple

@@ -11,12 +11,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from kvx.context import Activations
 from kvx.decoder import Block, Decoder
 from kvx.errors import BadInput
 from kvx.inputs import checked_policy, checked_prompt
 from kvx.loop import attend, project
 from kvx.parts.amounts import whole
-from kvx.policy import Activations, Policy
+from kvx.policy import Policy
 from kvx.policy_text import amended
 from kvx.prefill import embed
 

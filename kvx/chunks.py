@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvx.buckets import bucket
+from kvx.context import Context, Spec
 from kvx.decoder import Block
 from kvx.evidence import Evidence, Requests
 from kvx.loop import attend
-from kvx.policy import Context, Policy, Spec
+from kvx.policy import Policy
 from kvx.tokens import Tokens, concatenate
 
 

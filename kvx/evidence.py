@@ -41,6 +41,9 @@ class Requests:
 NOTHING = Requests()
 """The request for no evidence at all."""
 
+MARKS = frozenset({"id", "label"})
+"""Integers that come with each token, if a policy asks for them."""
+
 GENERATED = -1
 """The label of a token that the caller gave none: one that came after the prompt."""
 

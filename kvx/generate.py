@@ -1,7 +1,6 @@
 """Generation: one compiled loop over donated caches, fed first with given tokens, then with sampled ones."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax

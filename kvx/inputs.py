@@ -7,9 +7,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
+from kvx.context import Layout
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
-from kvx.policy import Layout, Policy
+from kvx.policy import Policy
 
 
 def traced(*values: Any) -> bool:

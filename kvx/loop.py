@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvx.cache import ENDLESS, KVCache
+from kvx.context import Context, Spec
 from kvx.decoder import Block, Decoder
 from kvx.evidence import GENERATED, NOTHING, Evidence, Requests
 from kvx.kernels.decode_attention import slot_logits
 from kvx.kernels.logits import softmax_rows
 from kvx.kernels.prefill_attention import prefill_attention
 from kvx.mesh import Placement, place_cache, place_rows, placement_of
-from kvx.policy import Context, Layer, Policy, Spec
+from kvx.policy import Layer, Policy
 from kvx.query import Query, to_heads
 from kvx.tokens import Tokens, concatenate
 

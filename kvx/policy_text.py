@@ -14,9 +14,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kvx.chain import chain
 from kvx.errors import BadInput, unknown
 from kvx.policies.registry import find, names
-from kvx.policy import Policy, chain
+from kvx.policy import Policy
 
 LONGEST = 16000
 """Characters a policy's text may have: bounds the work, and the digits of a number.

@@ -8,22 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvx.buckets import bucket, part, shortest
-from kvx.cache import ENDLESS, KVCache
+from kvx.buckets import bucket, shortest
+from kvx.cache import KVCache
+from kvx.cache_builder import CacheBuilder
 from kvx.chunks import ChunkedPrompt
+from kvx.context import Context, Layout, Spec
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
 from kvx.inputs import check_layout, checked_labels, checked_policy, checked_prompt, traced
-from kvx.loop import attend, last_logits, pack_layer
-from kvx.mesh import Placement, place_cache, place_rows, placement_of
+from kvx.loop import attend, last_logits
+from kvx.mesh import place_rows, placement_of
 from kvx.parts.amounts import whole
-from kvx.places import place
-from kvx.policy import Context, Layer, Layout, Policy, Spec, round_up
+from kvx.policy import Policy
 from kvx.tokens import Tokens
-
-MARKS = frozenset({"id", "label"})
-"""Integers that come with each token of a prompt, if a policy asks for them."""
 
 
 @overload
@@ -97,6 +95,8 @@ def prefill(
     """
     alone = not isinstance(policy, tuple)
     policies = tuple(checked_policy(each) for each in (policy if isinstance(policy, tuple) else (policy,)))
+    if not policies:
+        raise BadInput("policy is an empty tuple; allowed: a policy, or a tuple of at least one")
     if compress not in ("end", "chunk"):
         raise BadInput(f"compress={compress!r} is not offered; allowed: 'end', 'chunk'")
     if cache is not None:
@@ -120,13 +120,13 @@ def prefill(
     layout = policies[0].layout(labels, lengths)
     check_layout(model, layout, max_new_tokens)
     specs = [Spec(block.spec, len(model.blocks), width, fewest, room) for block in model.blocks]
-    plans = [_Plan(each, specs, max_new_tokens, cache_dtype, placement) for each in policies]
+    builders = [CacheBuilder(each, specs, max_new_tokens, cache_dtype, placement) for each in policies]
     if prefill_chunk is None:
-        logits, seen = _whole(model, tokens, labels, lengths, layout, plans)
+        logits, seen = _whole(model, tokens, labels, lengths, layout, builders)
     else:
         chunk = whole(prefill_chunk, "prefill_chunk", least=1)
-        logits, seen = _chunked(model, tokens, labels, lengths, plans, chunk, compress), lengths
-    caches = tuple(plan.finish(lengths, seen) for plan in plans)
+        logits, seen = _chunked(model, tokens, labels, lengths, builders, chunk, compress), lengths
+    caches = tuple(builder.finish(lengths, seen) for builder in builders)
     return logits, caches[0] if alone else caches
 
 
@@ -147,142 +147,15 @@ def _check_company(policies: tuple[Policy, ...], prefill_chunk: int | None, comp
             "policy is a tuple, but with compress='chunk' each policy changes what later chunks see; "
             "allowed: one policy"
         )
-    if any(stage.recalls for stage in policies[0].stages):
-        raise BadInput(
-            f"compress='chunk' cannot serve {policies[0].text}, which keeps a trace of every token that leaves; "
-            "allowed: 'end'"
-        )
-    if policies[0].measures:
-        raise BadInput(
-            f"compress='chunk' cannot serve {policies[0].text}, which decides by the whole prompt; allowed: 'end'"
-        )
-    if policies[0].decides != "layer":
-        raise BadInput(
-            f"compress='chunk' cannot serve {policies[0].text}, which decides when every layer's prompt is known; "
-            "allowed: 'end'"
-        )
-
-
-class _Plan:
-    """One policy's cache in the making: finished layers, or all layers' material if it decides at the end."""
-
-    def __init__(self, policy: Policy, specs: list[Spec], wanted: int, dtype: Any, placement: Placement | None):
-        self.wanted = jnp.int32(wanted)  # data, unlike the room it is rounded up to: it compiles nothing
-        self.specs, self.dtype, self.placement = specs, dtype, placement
-        self.policies = [policy.at(layer, len(specs)) for layer in range(len(specs))]
-        # Also refuses impossible budgets, before any work.
-        self.slots = [
-            each.slots(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))
-        ]
-        self.capacities = [
-            each.capacity(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))
-        ]
-        self.policy = policy
-        self.storage: tuple[Any, ...] = ()
-        self.places: list[Any] = []
-        self.states: list[tuple[Any, ...]] = []
-        self.held: list[Any] = []
-        self.carry: Any = None
-
-    def take(self, layer: int, tokens: Tokens, evidence: Evidence, lengths: Int[Array, "B"]) -> None:
-        """This layer's tokens and evidence are complete."""
-        # Policies that share a pass share its evidence: without what others asked for, a policy compiles to the same
-        # program as alone, and one that decides at the end holds no more than it reads.
-        wanted = self.policies[layer].observe(prefill=True)
-        evidence, tokens = evidence.only(wanted), tokens.with_only(wanted.marks | tokens.stats.keys() - MARKS)
-        if self.policy.decides == "end":
-            self.held.append((tokens, evidence))
-        elif self.policy.decides == "cascade":
-            context = Context(jnp.int32(layer), lengths, self.specs[layer])
-            self.carry = _ascend(
-                self.policies[layer],
-                self.carry,
-                tokens.astype(self.dtype),
-                evidence,
-                context,
-                placement=self.placement,
-            )
-        else:
-            self._pack(layer, tokens, evidence, lengths, None)
-
-    def finish(self, lengths: Int[Array, "B"], seen: Int[Array, "B"]) -> KVCache:
-        """The cache, once every layer is in; `seen` is each row's next true position."""
-        if self.held:
-            shares = _plan_over_layers(self.policy, self.held, self.specs[0], lengths, seen + self.wanted)
-            for layer in range(len(self.held)):
-                tokens, evidence = self.held[layer]
-                self.held[layer] = None  # each layer's full keys and values go as soon as they are packed
-                self._pack(layer, tokens, evidence, lengths, shares[layer])
-        if self.carry is not None:
-            for layer, spec in enumerate(self.specs):
-                context = Context(jnp.int32(layer), lengths, spec)
-                self._put(_land(self.policies[layer], self.carry, context, placement=self.placement))
-            self.carry = None
-        # An exempt layer keeps every token, so it needs room though others are bounded.
-        endless = all(
-            each.endless(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, self.specs, strict=True))
-        )
-        room = ENDLESS if endless else self.specs[0].room
-        # Placed too, or the first decode step would take a different program than all that follow.
-        # Copied, since a cache is donated: caches of one pass, and the caller's own lengths, must not go with it.
-        counters = place_rows(self.placement, (jnp.copy(seen), jnp.int32(room)))
-        return KVCache(self.storage, tuple(self.places), tuple(self.states), *counters)
-
-    def _pack(self, layer: int, tokens: Tokens, evidence: Evidence, lengths: Int[Array, "B"], plan: Any) -> None:
-        # The last place in a slot says whether it is still open.
-        slots_open = {where.slot: where.shared for where in self.places}
-        shared = tuple(self.storage[slot] for slot, is_open in sorted(slots_open.items()) if is_open)
-        context = Context(jnp.int32(layer), lengths, self.specs[layer], plan, shared)
-        policy, slots = self.policies[layer], self.slots[layer]
-        if policy.measures and not traced(lengths):
-            slots = min(round_up(part(int(_need(policy, tokens, evidence, context)), slots)), slots)
-        self._put(
-            pack_layer(policy, tokens, evidence, context, slots=slots, dtype=self.dtype, placement=self.placement)
-        )
-
-    def _put(self, entry: Layer) -> None:
-        where, self.storage = place(entry.store, self.storage)
-        self.places.append(where)
-        self.states.append(entry.states)
-
-
-@partial(jax.jit, static_argnames=("spec",))
-def _plan_over_layers(
-    policy: Policy,
-    held: list[tuple[Tokens, Evidence]],
-    spec: Spec,
-    lengths: Int[Array, "B"],
-    ends: Int[Array, "B"],
-) -> list[tuple[Any, ...]]:
-    """For every layer, each acting stage's share of what it decides over the layers where it acts."""
-    shares: list[tuple[Any, ...]] = [()] * len(held)
-    for stage in policy.stages:
-        acting = [layer for layer in range(len(held)) if stage.at(layer, len(held)) is not None]
-        planned = stage.plan([stage.measure(*held[layer]) for layer in acting], spec, lengths, ends)
-        for layer, share in zip(acting, planned, strict=True):
-            shares[layer] = (*shares[layer], share)
-    return shares
-
-
-@jax.jit
-def _need(policy: Policy, tokens: Tokens, evidence: Evidence, context: Context) -> Int[Array, ""]:
-    return policy.need(tokens, evidence, context)
-
-
-@partial(jax.jit, static_argnames=("placement",), donate_argnames="carry")
-def _ascend(
-    policy: Policy, carry: Any, tokens: Tokens, evidence: Evidence, context: Context, *, placement: Placement | None
-) -> Any:
-    (stage,) = policy.stages
-    carry = stage.ascend(carry, tokens, evidence, context)
-    return place_cache(placement, carry, len(context.lengths), context.spec.attention.kv_heads)
-
-
-def _land(policy: Policy, carry: Any, context: Context, *, placement: Placement | None) -> Layer:
-    """Not compiled: what layers share passes through as it is, where a program would copy it for each."""
-    (stage,) = policy.stages
-    store, state = stage.land(carry, context)
-    return place_cache(placement, Layer(store, (state,)), len(context.lengths), context.spec.attention.kv_heads)
+    for policy in policies:
+        reasons = {
+            "keeps a trace of every token that leaves": any(stage.recalls for stage in policy.stages),
+            "decides by the whole prompt": policy.measures,
+            "decides when every layer's prompt is known": policy.decides != "layer",
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise BadInput(f"compress='chunk' cannot serve {policy.text}, which {reason}; allowed: 'end'")
 
 
 def _whole(
@@ -291,12 +164,12 @@ def _whole(
     labels: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     layout: Layout | None,
-    plans: list[_Plan],
+    builders: list[CacheBuilder],
 ) -> tuple[Float[Array, "B N"], Int[Array, "B"]]:
-    """Logits after the whole prompt at once, and each row's next position; every plan takes each layer as it comes."""
+    """Logits after the whole prompt at once, and each row's next position; every builder takes each layer."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(index < lengths[:, None], index, -1)
-    policy = plans[0].policy
+    policy = builders[0].policy
     where = {"lengths": lengths}
     if layout is not None:
         positions = layout.positions
@@ -304,19 +177,19 @@ def _whole(
     marks = {"id": tokens, "label": labels}
     x = embed(model, tokens)
     for layer, block in enumerate(model.blocks):
-        requests, rotated = _union(plans, layer)
+        requests, rotated = _union(builders, layer)
         here = {name: marks[name] for name in requests.marks}
         x, new, evidence = attend(block, x, positions, requests=requests, rotated=rotated, marks=here, **where)
         forms = {rotated: new}
-        for plan in plans:
+        for builder in builders:
             # Each policy gets the form it keeps, so that it compiles to the same program as alone.
-            form = plan.policies[layer].rotated
+            form = builder.policies[layer].rotated
             if form not in forms:
                 forms[form] = _reform(new, rotated=form)
-            plan.take(layer, forms[form], evidence, lengths)
-        left = policy.at(layer, len(model.blocks)).remaining(plans[0].specs[layer], layer)
+            builder.take(layer, forms[form], evidence, lengths)
+        left = policy.at(layer, len(model.blocks)).remaining(builders[0].specs[layer], layer)
         if left is not None:
-            context = Context(jnp.int32(layer), lengths, plans[0].specs[layer])
+            context = Context(jnp.int32(layer), lengths, builders[0].specs[layer])
             x, positions, marks = _thin(policy, x, positions, marks, new, evidence, context, left=left)
         # Bound any longer, they would live on beside the next layer's.
         del new, forms, evidence
@@ -336,7 +209,7 @@ def _thin(policy: Policy, x, positions, marks, tokens: Tokens, evidence: Evidenc
     return jnp.take_along_axis(x, order[..., None], axis=1), positions, marks
 
 
-def _chunked(model, tokens, labels, lengths, plans, chunk: int, compress: str):
+def _chunked(model, tokens, labels, lengths, builders, chunk: int, compress: str):
     """Logits after the prompt in chunks of `chunk` tokens, each attending to the past ones."""
     prompt = ChunkedPrompt(lengths, chunk)
     marks = {
@@ -349,28 +222,28 @@ def _chunked(model, tokens, labels, lengths, plans, chunk: int, compress: str):
         x = embed(model, jnp.pad(piece, ((0, 0), (0, chunk - piece.shape[1]))))
         last = start + chunk >= tokens.shape[1]
         for layer, block in enumerate(model.blocks):
-            requests, rotated = _union(plans, layer)
+            requests, rotated = _union(builders, layer)
             here = {name: marks[name] for name in requests.marks}
-            x = prompt.extend(layer, block, x, start, requests, rotated, plans[0].policy.renumber, here)
+            x = prompt.extend(layer, block, x, start, requests, rotated, builders[0].policy.renumber, here)
             if last:
                 tokens_held, evidence = prompt.finished(layer)
-                for plan in plans:
-                    plan.take(layer, tokens_held, evidence, lengths)
+                for builder in builders:
+                    builder.take(layer, tokens_held, evidence, lengths)
             elif compress == "chunk":
-                plan = plans[0]
-                prompt.cut(layer, plan.policies[layer], plan.capacities[layer], plan.specs[layer])
+                builder = builders[0]
+                prompt.cut(layer, builder.policies[layer], builder.capacities[layer], builder.specs[layer])
         within = (lengths > start) & (lengths <= start + chunk)
         ends = last_logits(model, x, jnp.clip(lengths - 1 - start, 0, chunk - 1))
         logits = jnp.where(within[:, None], ends, logits)
     return logits
 
 
-def _union(plans: list[_Plan], layer: int) -> tuple[Requests, bool]:
+def _union(builders: list[CacheBuilder], layer: int) -> tuple[Requests, bool]:
     """Evidence that any of the policies reads in this layer, and whether rotated keys serve them all."""
     requests = Requests()
-    for plan in plans:
-        requests |= plan.policies[layer].observe(prefill=True)
-    return requests, all(plan.policies[layer].rotated for plan in plans)
+    for builder in builders:
+        requests |= builder.policies[layer].observe(prefill=True)
+    return requests, all(builder.policies[layer].rotated for builder in builders)
 
 
 @partial(jax.jit, static_argnames=("rotated",))

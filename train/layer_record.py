@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvx.context import Context, Spec
 from kvx.decoder import Block
 from kvx.kernels.decode_attention import slot_logits, ungroup
 from kvx.kernels.logits import partial_softmax
 from kvx.kernels.merge_partials import Partial
 from kvx.loop import attend, decode_layer, project
-from kvx.policy import Context, Policy, Spec
+from kvx.policy import Policy
 from kvx.pytree import pytree
 from kvx.query import Query
 from kvx.tokens import Tokens

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 
 import kvx
+from kvx.context import Spec
 from kvx.decoder import Block, Decoder
 from kvx.errors import BadInput
 from kvx.inputs import checked_prompt
@@ -25,7 +26,7 @@ from kvx.parts.amounts import whole
 from kvx.parts.evict import Evict
 from kvx.parts.feature_state import Absorb, FeatureMaps
 from kvx.parts.losers import Drop
-from kvx.policy import Policy, Spec
+from kvx.policy import Policy
 from kvx.prefill import embed
 from kvx.progress import Steps
 from kvx.prose import documents, prose

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvx.context import Context, Spec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
 from kvx.parts.amounts import Amount, Slots
 from kvx.parts.ranking import ranks
-from kvx.policy import Context, Spec
 from kvx.pytree import pytree, static
 from kvx.tokens import Tokens
 

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvx.buckets import round_up
+from kvx.context import Context, Spec
 from kvx.evidence import Evidence, Requests
 from kvx.parts.amounts import Amount
 from kvx.parts.ranking import largest_remainder, top
 from kvx.parts.scores import MeanPlusVariance
-from kvx.policy import Context, Spec, Stage, round_up
 from kvx.pytree import pytree, static
 from kvx.rotary import Rotary
+from kvx.stage import Stage
 from kvx.stores.pooled import Pool, Pooled
 from kvx.tokens import Tokens
 

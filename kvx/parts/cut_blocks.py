@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
+from kvx.context import Context, Spec
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.prefill_attention.columns import risen, share_of
 from kvx.parts.thin import cosine
-from kvx.policy import Context, Spec, Stage
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.tokens import Tokens
 
 

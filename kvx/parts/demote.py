@@ -6,11 +6,13 @@ from typing import Any, ClassVar, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from kvx.buckets import round_up
+from kvx.context import Activations, Context, Spec
 from kvx.evidence import Evidence, Requests
 from kvx.parts.balance import balance
 from kvx.parts.evict import Evict
-from kvx.policy import Activations, Context, Spec, Stage, round_up
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.coded import Code, Coded
 from kvx.stores.dense import Dense
 from kvx.stores.tiers import Tiers

@@ -8,14 +8,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from kvx.context import Activations, Context, Spec
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.merge_partials import Partial
 from kvx.parts.amounts import Amount, Slots
 from kvx.parts.losers import Drop
 from kvx.parts.ranking import top
-from kvx.policy import Activations, Context, Spec, Stage
 from kvx.pytree import pytree, static
 from kvx.query import Query
+from kvx.stage import Stage
 from kvx.tokens import Tokens
 
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from kvx.context import Context, Spec
 from kvx.decoder import AttentionSpec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence
 from kvx.kernels.merge_partials import Partial
 from kvx.parts.losers import Losers
-from kvx.policy import Context, Spec
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.tokens import Tokens

@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from kvx.buckets import round_up
+from kvx.context import Context
 from kvx.evidence import Evidence
 from kvx.parts.budgets import Compete
-from kvx.policy import Context, Stage, round_up
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.dense import Dense
 from kvx.stores.flat import Flat
 from kvx.stores.tiers import Tiers

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvx.context import Context, Spec
 from kvx.evidence import Evidence
 from kvx.parts.budgets import Budget
-from kvx.policy import Context, Spec
 from kvx.pytree import pytree, static
 
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
+from kvx.context import Activations, Context, Spec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
-from kvx.policy import Activations, Context, Layer, Policy, Spec, Stage
+from kvx.policy import Layer, Policy
 from kvx.pytree import pytree, static
 from kvx.query import Query
+from kvx.stage import Stage
 from kvx.stores.by_head import ByHead, HeadSplit
 from kvx.tokens import Tokens
 

@@ -4,9 +4,9 @@ from typing import Any, ClassVar, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from kvx.context import Context, Spec
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.merge_partials import Partial
-from kvx.policy import Context, Spec
 from kvx.pytree import pytree
 from kvx.query import Query
 from kvx.tokens import Tokens

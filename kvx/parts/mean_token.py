@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from jaxtyping import Array, Bool
 
+from kvx.context import Context
 from kvx.evidence import Evidence
 from kvx.parts.demote import Lower
-from kvx.policy import Context
 from kvx.pytree import pytree
 from kvx.stores.mean_token import MeanSlot
 from kvx.tokens import Tokens

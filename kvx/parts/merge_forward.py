@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from kvx.context import Context
 from kvx.evidence import Evidence, Requests
 from kvx.parts.chance import uniforms
 from kvx.parts.losers import Losers
 from kvx.parts.ranking import ranks
-from kvx.policy import Context
 from kvx.pytree import pytree, static
 from kvx.stores.dense import weakest_several
 from kvx.tokens import Tokens

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvx.context import Context
 from kvx.evidence import Evidence
 from kvx.parts.losers import Losers
-from kvx.policy import Context
 from kvx.pytree import pytree, static
 from kvx.stores.dense import weakest
 from kvx.tokens import Tokens

@@ -4,10 +4,11 @@ from typing import Any
 
 from jaxtyping import Array, Bool
 
+from kvx.context import Context, Spec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence
-from kvx.policy import Context, Spec, Stage
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.dense import Dense
 from kvx.stores.nested import Nested
 from kvx.tokens import Tokens

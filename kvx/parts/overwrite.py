@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
+from kvx.context import Context, Spec
 from kvx.evidence import Evidence, Requests
 from kvx.parts.amounts import Amount
 from kvx.parts.simhash import WORD, hamming, hyperplanes, simhash
-from kvx.policy import Context, Spec, Stage
 from kvx.pytree import pytree, static
 from kvx.query import Query
+from kvx.stage import Stage
 from kvx.tokens import Tokens
 
 

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from kvx.context import Context
 from kvx.evidence import Evidence
-from kvx.policy import Context, Stage
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.pages import Pages, pages_for
 from kvx.tokens import Tokens
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from jaxtyping import Array, Bool
 
+from kvx.context import Context
 from kvx.evidence import Evidence
-from kvx.policy import Context, Stage
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.directions import Blend
 from kvx.stores.pair import LOWER, UPPER, Half, Pair, Waiting
 from kvx.tokens import Tokens

@@ -6,13 +6,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvx.buckets import round_up
+from kvx.context import Context, Spec
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.prefill_attention.columns import SUM
 from kvx.parts.amounts import Amount
 from kvx.parts.budgets import Budget
 from kvx.parts.ranking import largest_remainder
-from kvx.policy import Context, Spec, Stage, round_up
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.pooled import Pool, Pooled
 from kvx.tokens import Tokens
 

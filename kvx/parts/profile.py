@@ -7,12 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
+from kvx.context import Context
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.prefill_attention.columns import SUM, Column, near_width
 from kvx.kinds import ORDINARY, SPECIAL, kinds_of
 from kvx.parts.ranking import top
-from kvx.policy import Context, Stage
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.flat import Flat
 from kvx.tokens import Tokens
 

@@ -2,10 +2,12 @@
 
 from jaxtyping import Array, Bool
 
+from kvx.buckets import round_up
+from kvx.context import Context, Spec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence
-from kvx.policy import Context, Spec, Stage, round_up
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.dense import Dense
 from kvx.stores.packed import Packed
 from kvx.tokens import Tokens

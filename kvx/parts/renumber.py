@@ -2,9 +2,10 @@
 
 from jaxtyping import Array, Bool
 
+from kvx.context import Context
 from kvx.evidence import Evidence
-from kvx.policy import Context, Stage
 from kvx.pytree import pytree
+from kvx.stage import Stage
 from kvx.stores.renumbered import Renumbered
 from kvx.tokens import Tokens
 

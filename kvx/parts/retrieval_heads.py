@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvx.context import Activations
 from kvx.kernels.prefill_attention import prefill_attention
-from kvx.policy import Activations
 from kvx.pytree import pytree, static
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from kvx.context import Context
 from kvx.errors import BadInput
 from kvx.evidence import Evidence
 from kvx.kernels.merge_partials import Partial
 from kvx.parts.amounts import Amount
-from kvx.policy import Context, Stage
 from kvx.pytree import pytree, static
 from kvx.query import Query
+from kvx.stage import Stage
 from kvx.stores.chosen import Chosen
 from kvx.stores.dense import Dense
 from kvx.tokens import Tokens

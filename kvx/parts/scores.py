@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from kvx.context import Activations, Context, Spec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.prefill_attention.columns import SUM, Column
-from kvx.policy import Activations, Context, Spec
 from kvx.pytree import pytree, static
 from kvx.tokens import Tokens
 

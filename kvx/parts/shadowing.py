@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from kvx.context import Context, Spec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence
 from kvx.parts.amounts import Amount
-from kvx.policy import Context, Spec, Stage
 from kvx.pytree import pytree, static
 from kvx.query import Query
+from kvx.stage import Stage
 from kvx.stores.dense import Dense
 from kvx.stores.shadow import Shadow
 from kvx.tokens import Tokens

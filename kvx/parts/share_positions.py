@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
+from kvx.context import Context, Layout
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
 from kvx.inputs import traced
 from kvx.kernels.logits import SHARED
-from kvx.policy import Context, Layout, Stage
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.dense import Dense
 from kvx.stores.tempered import CONTEXT, Tempered
 from kvx.tokens import Tokens

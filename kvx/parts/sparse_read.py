@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from kvx.context import Context
 from kvx.evidence import Evidence
 from kvx.parts.amounts import Amount
-from kvx.policy import Context, Stage
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.stores.paged import Paged
 from kvx.tokens import Tokens
 

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvx.buckets import LANE, round_up
+from kvx.context import Context, Spec
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.prefill_attention.columns import Column, share_of
 from kvx.parts.ranking import top
-from kvx.policy import LANE, Context, Spec, Stage, round_up
 from kvx.pytree import pytree, static
+from kvx.stage import Stage
 from kvx.tokens import Tokens
 
 WIDTHS = 8

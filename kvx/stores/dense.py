@@ -115,7 +115,7 @@ def first_empty(slots: Int[Array, "B G C"]) -> Int[Array, "B G"]:
 
 
 def empty_slots(slots: Int[Array, "B G C"], count: int) -> Int[Array, "B G n"]:
-    """Indices of the first `count` empty slots, ascending; past the last, which no write reaches, if there are fewer."""
+    """Indices of the first `count` empty slots, ascending; past the last, out of reach, if there are fewer."""
     if count == 1:
         return first_empty(slots)[..., None]
     index = jnp.arange(slots.shape[-1])

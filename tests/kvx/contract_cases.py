@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvx.chain import chain
 from kvx.kinds import PUNCTUATION, SPECIAL
 from kvx.parts.feature_state import FeatureMaps
 from kvx.policies import (
@@ -35,14 +36,14 @@ from kvx.policies import (
     quantspec,
     quest,
     razor_attention,
-    shadowkv,
     roco,
+    shadowkv,
     snapkv,
     streaming_llm,
     tidaldecode,
     tova,
 )
-from kvx.policy import Policy, chain
+from kvx.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,7 @@ CASES: dict[str, Case] = {
     "h2o+kivi": Case(
         lambda budget: chain(h2o(budget), _kivi()), lambda budget: chain(h2o(budget), kivi(bits=None)), evicts=False
     ),
-    "quantspec": Case(
-        lambda budget: quantspec(group=16), lambda budget: quantspec(bits=None, group=16), evicts=False
-    ),
+    "quantspec": Case(lambda budget: quantspec(group=16), lambda budget: quantspec(bits=None, group=16), evicts=False),
     "snapkv+quantspec": Case(
         # In groups of four the double buffer, which is exact, does not outweigh what the codes save of few tokens.
         lambda budget: chain(snapkv(budget, window=8), quantspec(group=4, gamma=3)),

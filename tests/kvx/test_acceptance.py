@@ -90,9 +90,7 @@ def tree_law(p, children_laws, drawn) -> np.ndarray:
     """The law of what a node emits, over every tuple of children with its probability and laws."""
     emitted = np.zeros(SYMBOLS)
     for children, probability in drawn:
-        each, rest = child_chances(
-            jnp.asarray(p), jnp.stack(children_laws(children)), jnp.asarray(children, jnp.int32)
-        )
+        each, rest = child_chances(jnp.asarray(p), jnp.stack(children_laws(children)), jnp.asarray(children, jnp.int32))
         left = probability
         for child, chance in zip(children, np.asarray(each), strict=True):
             emitted[child] += left * chance

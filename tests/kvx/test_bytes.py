@@ -8,7 +8,16 @@ import pytest
 import kvx
 from tests import tiny
 
-POLICIES = ("full", "h2o(budget=32)", "adakv(budget=32, window=8)", "kivi(bits=4)", "d2o(budget=32)", "quest(budget=32)")
+POLICIES = (
+    "full",
+    "h2o(budget=32)",
+    "adakv(budget=32, window=8)",
+    "kivi(bits=4)",
+    "d2o(budget=32)",
+    "quest(budget=32)",
+    "minicache()",
+    "paged()",
+)
 
 
 def live_bytes() -> int:

@@ -9,11 +9,11 @@ import pytest
 
 import kvx
 from kvx.calibrate import calibrate
+from kvx.context import Activations
 from kvx.errors import BadInput
 from kvx.loop import project
 from kvx.parts.scores import Projection, query_directions
 from kvx.policies import full, q_filters, snapkv
-from kvx.policy import Activations
 from tests.kvx.policies.direct import attention
 from tests.tiny import model, prompts
 

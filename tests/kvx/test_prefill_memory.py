@@ -79,7 +79,7 @@ def live_kv_bytes() -> int:
 
 def sampled_prefill(monkeypatch, text, layers, length):
     """Peak of live KV bytes over a prefill, before and after each layer's attention and packing; and the cache."""
-    module = importlib.import_module("kvx.prefill")
+    modules = {"attend": "kvx.prefill", "pack_layer": "kvx.cache_builder"}
     before, samples = live_kv_bytes(), []
 
     def sampling(function):
@@ -91,7 +91,8 @@ def sampled_prefill(monkeypatch, text, layers, length):
 
         return call
 
-    for name in ("attend", "pack_layer"):
+    for name, where in modules.items():
+        module = importlib.import_module(where)
         monkeypatch.setattr(module, name, sampling(getattr(module, name)))
     tokens, _ = tiny.prompts(*[length] * ROWS)
     _, cache = kvx.prefill(tiny.model(num_hidden_layers=layers), tokens, parse_policy(text))

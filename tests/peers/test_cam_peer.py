@@ -34,7 +34,8 @@ def test_keys_and_values_equal_those_of_kvpress(width, interval, monkeypatch):
     prompt = text.present & (jnp.arange(END) < PROMPT)
     store = Dense.pack(text, prompt, TARGET + interval)
     store = store.with_stats({FLOW: jnp.zeros(store.slots.shape, jnp.float32)})
-    state = (jnp.full((1, HEADS), TARGET, jnp.int32), jnp.full(1, SINKS, jnp.int32), jnp.ones(1, jnp.int32), None)
+    nobody = jnp.zeros((1, HEADS, interval), jnp.int32), jnp.full((1, HEADS, interval), -1, jnp.int32)
+    state = (jnp.full((1, HEADS), TARGET, jnp.int32), jnp.full(1, SINKS, jnp.int32), jnp.ones(1, jnp.int32), nobody)
 
     press = kvpress.CAMPress(kvpress.StreamingLLMPress(n_sink=SINKS), interval, TARGET, 0, width)
     press.layer_step_counts[LAYER] = interval
@@ -60,7 +61,9 @@ def test_keys_and_values_equal_those_of_kvpress(width, interval, monkeypatch):
             for place, p in zip(places, row[head], strict=True):
                 by_slot[0, head, np.flatnonzero(slots[head] == place)[0]] = p
         seen = Evidence(jnp.full(1, position + 1, jnp.int32), rows=jnp.asarray(by_slot)[:, :, None, None])
-        store, state = stage.step(store, state, seen, where)
+        store, (*state, waiting) = stage.step(store, state, seen, where)
+        store, waiting = stage.losers.before(store, waiting, where)
+        state = (*state, waiting)
 
         keys, values = (
             torch.cat([held, torch.from_numpy(np.array(each))[:, :, position : position + 1]], dim=2)

@@ -19,9 +19,10 @@ kvpress = pytest.importorskip("kvpress")
 import kvx
 from kvx import policies
 from kvx.calibrate import calibrate
+from kvx.context import Context, Spec
 from kvx.loop import attend
 from kvx.models.load import load, save
-from kvx.policy import Context, Policy, Spec
+from kvx.policy import Policy
 
 pytestmark = [pytest.mark.peer, pytest.mark.weights]
 transformers.utils.logging.disable_progress_bar()

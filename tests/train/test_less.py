@@ -9,8 +9,10 @@ import pytest
 
 import kvx
 from kvx import policies
+from kvx.context import Context, Spec
+from kvx.loop import decode_layer, project
 from kvx.parts.losers import Drop
-from kvx.policy import Policy
+from kvx.policy import Layer, Policy
 from kvx.train import less as training
 from kvx.train.feature_maps import Settings, attention
 from kvx.train.layer_record import record_layer
@@ -73,9 +75,6 @@ def test_the_parallel_form_is_what_decoding_computes():
 
 def _first_attention(policy, cache, x, place):
     """What the first layer's cache answers to the token at `place`."""
-    from kvx.loop import decode_layer, project
-    from kvx.policy import Context, Layer, Spec
-
     block = model().blocks[0]
     here = jnp.full(2, place, jnp.int32)
     context = Context(jnp.int32(0), here, Spec(block.spec, 2, 0, 0, 0))

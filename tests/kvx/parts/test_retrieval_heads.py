@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import kvx
+from kvx.context import Activations
 from kvx.errors import BadInput
 from kvx.parts.retrieval_heads import RetrievalHeads
 from kvx.policies import razor_attention, snapkv
-from kvx.policy import Activations
 from tests.kvx.policies.direct import attention, softmax
 from tests.kvx.policies.masked_simulation import Simulation
 from tests.tiny import model

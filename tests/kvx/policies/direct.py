@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 
+from kvx.context import Context, Spec
 from kvx.decoder import AttentionSpec
 from kvx.evidence import Evidence
 from kvx.kernels.prefill_attention.columns import SUM
-from kvx.policy import Context, Spec
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.tokens import Tokens

@@ -9,10 +9,12 @@ import pytest
 
 import kvx
 from kvx import policies
+from kvx.buckets import round_up
 from kvx.cache import ENDLESS
+from kvx.cache_builder import _ascend
+from kvx.chain import chain
+from kvx.context import Context, Spec
 from kvx.evidence import Evidence
-from kvx.policy import Context, Spec, chain, round_up
-from kvx.prefill import _ascend
 from tests.kvx.policies.direct import attention, context, evidence, kept, tokens
 from tests.kvx.policies.masked_simulation import Simulation, kept_by
 from tests.tiny import CONFIG, model, prompts
@@ -218,7 +220,7 @@ def kv_bytes(rows):
 
 def test_a_prefill_holds_the_pool_and_one_full_layer(monkeypatch):
     rows, length, budget, layers = 3, 768, 32, 4
-    module, samples, before = importlib.import_module("kvx.prefill"), [], kv_bytes(rows)
+    samples, before = [], kv_bytes(rows)
 
     def sampling(function):
         def call(*positional, **named):
@@ -229,7 +231,8 @@ def test_a_prefill_holds_the_pool_and_one_full_layer(monkeypatch):
 
         return call
 
-    for name in ("attend", "_ascend", "_land"):
+    for name, where in (("attend", "prefill"), ("_ascend", "cache_builder"), ("_land", "cache_builder")):
+        module = importlib.import_module(f"kvx.{where}")
         monkeypatch.setattr(module, name, sampling(getattr(module, name)))
     prompt, _ = prompts(*[length] * rows)
     _, cache = kvx.prefill(model(), prompt, policies.cake(budget, window=WINDOW))

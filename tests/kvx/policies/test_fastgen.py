@@ -9,11 +9,12 @@ import pytest
 
 import kvx
 from kvx import policies
+from kvx.buckets import round_up
+from kvx.chain import chain
 from kvx.evidence import Evidence
 from kvx.kernels.prefill_attention.columns import SUM, Column
 from kvx.kinds import PUNCTUATION, SPECIAL
 from kvx.parts.profile import EVERYTHING, KIND, LOCAL, PUNCTUATED, SPECIALS
-from kvx.policy import chain, round_up
 from kvx.stores.flat import Flat
 from tests.kvx.policies.direct import context, tokens
 from tests.kvx.policies.masked_simulation import Simulation, kept_by

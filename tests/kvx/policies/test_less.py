@@ -11,10 +11,11 @@ from jaxtyping import Array, Float
 import kvx
 from kvx import policies
 from kvx.cache import ENDLESS
+from kvx.context import Spec
 from kvx.kernels.merge_partials import merge_partials
 from kvx.loop import decode
 from kvx.parts.feature_state import Absorb, FeatureMaps, FeatureState
-from kvx.policy import Policy, Spec
+from kvx.policy import Policy
 from kvx.pytree import pytree
 from kvx.stores.dense import Dense
 from tests.kvx.policies import direct

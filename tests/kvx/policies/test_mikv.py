@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import kvx
+from kvx.buckets import round_up
+from kvx.context import Context, Spec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence
 from kvx.kernels.merge_partials import Partial
@@ -19,7 +21,7 @@ from kvx.parts.amounts import one_of
 from kvx.parts.demote import Demote, LowBits
 from kvx.parts.evict import Evict
 from kvx.policies import h2o, mikv, snapkv
-from kvx.policy import Context, Policy, Spec, round_up
+from kvx.policy import Policy
 from kvx.pytree import pytree
 from kvx.stores.base import nbytes
 from kvx.stores.coded import Coded

@@ -8,11 +8,11 @@ import pytest
 
 import kvx
 from kvx import policies
+from kvx.context import Spec
 from kvx.kernels.prefill_attention.columns import Column
 from kvx.loop import attend
 from kvx.parts.cut_blocks import CutBlocks
 from kvx.parts.thin import WIDTHS, Thin, cosine
-from kvx.policy import Spec
 from tests import tiny
 from tests.kvx.policies.direct import attention, context, evidence, softmax, tokens
 from tests.kvx.policies.masked_simulation import Simulation, kept_by

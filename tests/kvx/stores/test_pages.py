@@ -1,4 +1,4 @@
-"""Claims about pages: any table reads as contiguous slots do, heads take what they fill, and unused slots do not exist."""
+"""Claims about pages: any table reads as contiguous slots do, heads take what they fill, unused slots do not exist."""
 
 from dataclasses import replace
 
