@@ -106,8 +106,8 @@ class Policy:
 
     @property
     def selects_by_measure(self) -> bool:
-        """Whether what stays, and not only how it is laid out, follows what a stage measures."""
-        return any(stage.measures and _selects(stage) for stage in self.stages)
+        """Whether what stays, and not only the room for it, follows what a stage measures."""
+        return any(stage.measures and overrides(stage, "keep") for stage in self.stages)
 
     @property
     def nbytes(self) -> int:

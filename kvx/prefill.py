@@ -150,7 +150,7 @@ def _check_company(policies: tuple[Policy, ...], prefill_chunk: int | None, comp
     for policy in policies:
         reasons = {
             "keeps a trace of every token that leaves": any(stage.recalls for stage in policy.stages),
-            "decides by the whole prompt": policy.measures,
+            "decides by the whole prompt": policy.selects_by_measure,
             "decides when every layer's prompt is known": policy.decides != "layer",
         }
         for reason, holds in reasons.items():
