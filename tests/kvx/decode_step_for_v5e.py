@@ -25,6 +25,7 @@ from kvx.loop import decode
 from kvx.mesh import RULES, Rules, place_cache, place_model, place_rows, placement_of
 from kvx.models.build import abstract_model
 from kvx.policy_text import parse_policy
+from kvx.stores.host import HOST
 
 BATCH, SLOTS, ROOM, KV_HEADS = 8, 4096, 128, 8
 LLAMA_8B = {
@@ -43,10 +44,12 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-# Name: policy, prompt length (both leave a cache of SLOTS slots a head), rules under which the step is compiled.
+# Name: policy, prompt length (dense ones leave a cache of SLOTS slots a head), rules under which the step is compiled.
 PROGRAMS = {
     "full": ("full()", SLOTS - ROOM, RULES),
     "snapkv": (f"snapkv(budget={SLOTS - ROOM})", 2 * SLOTS, RULES),
+    # A long prompt, so that most of it lies on the host.
+    "shadowkv": ("shadowkv(budget=2048)", 8 * SLOTS, RULES),
     # The control: a step that wants every KV head on every chip must gather the cache, and the count must show it.
     "gathering": ("full()", SLOTS - ROOM, Rules(kv_heads=None)),
 }
@@ -68,23 +71,27 @@ def report(name: str, layers: int) -> dict:
     row = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     cache = jax.eval_shape(prefilled, model, jax.ShapeDtypeStruct((BATCH, prompt), jnp.int32), row)
     cache = place_cache(split, cache, BATCH, KV_HEADS)
-    assert cache.storage[0].keys.shape == (BATCH, KV_HEADS, SLOTS, 128)
+    assert name == "shadowkv" or cache.storage[0].keys.shape == (BATCH, KV_HEADS, SLOTS, 128)
 
     def step(model, token, cache, active):
         return decode(model, token, cache, policy, active)
 
     arguments = place_rows(split, (row, jax.ShapeDtypeStruct((BATCH,), bool)))
     compiled = jax.jit(step, donate_argnums=2).lower(model, arguments[0], cache, arguments[1]).compile()
-    memory = compiled.memory_analysis()
+    memory, leaves = compiled.memory_analysis(), jax.tree.leaves(cache.storage)
     return {
         "program": name,
         "layers": layers,
         "collectives": collectives(compiled.as_text()),
-        "cache_bytes": sum(bytes_on_chip(leaf) for leaf in jax.tree.leaves(cache.storage)),
+        "cache_bytes": sum(bytes_on_chip(leaf) for leaf in leaves if leaf.sharding.memory_kind != HOST),
+        "host_bytes": sum(bytes_on_chip(leaf) for leaf in leaves if leaf.sharding.memory_kind == HOST),
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "host_argument_bytes": memory.host_argument_size_in_bytes,
+        "host_alias_bytes": memory.host_alias_size_in_bytes,
+        "host_temporary_bytes": memory.host_temp_size_in_bytes,
     }
 
 

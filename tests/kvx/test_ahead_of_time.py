@@ -61,3 +61,17 @@ def test_a_decode_step_writes_into_the_donated_cache_and_fits_the_chip(step, lay
     in_use = found["argument_bytes"] + found["output_bytes"] - found["alias_bytes"] + found["temporary_bytes"]
     assert found["temporary_bytes"] < 0.0625 * GIB
     assert in_use < 16 * GIB
+
+
+def test_values_on_the_host_stay_there_and_a_step_moves_no_more_than_it_fetches():
+    """ShadowKV over 32768 tokens: a gather by the host inside the loop over missing chunks, as the TPU compiles it."""
+    found = reports(1, "shadowkv")["shadowkv"]
+    # 4092 chunks less 48 outliers; 8 rows, 2 heads a chip, 8 tokens, 128 channels, bfloat16.
+    assert found["host_bytes"] == 8 * 2 * (4092 - 48) * 8 * 128 * 2
+    assert found["host_argument_bytes"] == found["host_alias_bytes"] == found["host_bytes"]
+    assert found["host_temporary_bytes"] == 0
+    # Values on the device would be 126 MiB a layer and chip, all factors turned around 131 MiB.
+    assert found["temporary_bytes"] < 8 * 2**20
+    # One sum more than a dense step: how many turns the loop takes is the same on every chip.
+    assert {kind: each["count"] for kind, each in found["collectives"].items()} == {"all-reduce": 4}
+    assert found["collectives"]["all-reduce"]["largest"] == 8 * 4096

@@ -51,6 +51,8 @@ POLICIES = (
     "cam(budget=320, every=4)",
     "hashevict(budget=320)",
     "quest(budget=64)",
+    "shadowkv(budget=64, rank=32)",
+    "paged",
     "kivi(bits=4, group=32, residual=32)",
     "quantspec(group=32)",
     "mikv(high=320)",
