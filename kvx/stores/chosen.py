@@ -13,11 +13,11 @@ from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
 from kvx.stores.dense import Dense
-from kvx.tokens import Tokens
+from kvx.stores.over_dense import OverDense
 
 
 @pytree
-class Chosen:
+class Chosen(OverDense):
     """A dense store that knows how many of its slots a step reads.
 
     Slots mean the same tokens in every layer, since all append in one order and none lets go; so a choice of slots
@@ -40,9 +40,6 @@ class Chosen:
     sets: int = static()
     group: str | None = static()
     sparse: bool = static()
-
-    def append(self, tokens: Tokens) -> "Chosen":
-        return replace(self, inner=self.inner.append(tokens))
 
     def read(self, query: Query) -> Partial:
         """Over every token, whatever was chosen."""
@@ -106,22 +103,6 @@ class Chosen:
     def crop(self, next: Int[Array, "B"]) -> "Chosen":
         """Without the tokens at or beyond these positions."""
         return replace(self, inner=self.inner.crop(next))
-
-    def tokens(self) -> Tokens:
-        return self.inner.tokens()
-
-    def positions(self) -> Int[Array, "B G C"]:
-        return self.inner.slots
-
-    def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
-        return self.inner.dense()
-
-    @property
-    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
-        return self.inner.stats
-
-    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Chosen":
-        return replace(self, inner=self.inner.with_stats(stats))
 
     def bytes_read(self) -> int:
         """Of a sparse layer: the keys and values of its choices, no slot counted twice, and every position."""

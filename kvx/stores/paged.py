@@ -4,18 +4,19 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.dense import Dense, first_empty
+from kvx.stores.over_dense import OverDense
 from kvx.tokens import Tokens
 
 
 @pytree
-class Paged:
+class Paged(OverDense):
     """A dense store cut into pages of `page` slots, with the minimum and maximum of each page's keys per channel.
 
     A page's largest possible logit is sum_d max(q_d high_d, q_d low_d) = relu(q) . high - relu(-q) . low (Quest, Tang
@@ -103,25 +104,6 @@ class Paged:
         lowered = jnp.einsum("bgtd,bgpd->bgtp", jax.nn.relu(-rows), low, preferred_element_type=jnp.float32)
         reduce = jnp.max if self.group == "max" else jnp.mean
         return jnp.where(empty[..., 0], -jnp.inf, reduce(raised - lowered, axis=2))
-
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Paged":
-        return replace(self, inner=self.inner.release(scores, excess, most))
-
-    def tokens(self) -> Tokens:
-        return self.inner.tokens()
-
-    def positions(self) -> Int[Array, "B G C"]:
-        return self.inner.slots
-
-    def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
-        return self.inner.dense()
-
-    @property
-    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
-        return self.inner.stats
-
-    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Paged":
-        return replace(self, inner=self.inner.with_stats(stats))
 
     def bytes_read(self) -> int:
         slots = self.inner.slots.shape[-1]

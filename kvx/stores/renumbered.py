@@ -3,19 +3,19 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree
 from kvx.query import Query
-from kvx.stores.base import nbytes
 from kvx.stores.dense import Dense, write_slot
+from kvx.stores.over_dense import OverDense
 from kvx.tokens import Tokens
 
 
 @pytree
-class Renumbered:
+class Renumbered(OverDense):
     """A dense store of unrotated keys with every slot's place among the tokens held, by age (StreamingLLM).
 
     The model never sees a distance larger than the cache, so a text may be longer than its positions. Rotating from
@@ -64,24 +64,8 @@ class Renumbered:
         """As `Dense.write_values`."""
         return replace(self, inner=self.inner.write_values(slots, values))
 
-    def tokens(self) -> Tokens:
-        return self.inner.tokens()
-
-    def positions(self) -> Int[Array, "B G C"]:
-        return self.inner.slots
-
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
         return self._turned(), self.inner.values, self.inner.slots
-
-    @property
-    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
-        return self.inner.stats
-
-    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Renumbered":
-        return replace(self, inner=self.inner.with_stats(stats))
-
-    def bytes_read(self) -> int:
-        return nbytes(self)
 
     def _count(self) -> Int[Array, "B G"]:
         return jnp.sum(self.inner.slots >= 0, axis=-1, dtype=jnp.int32)

@@ -1,25 +1,22 @@
 """The tempered store: contexts that were read apart are attended under a temperature, their total mass damped."""
 
-from dataclasses import replace
-
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float
 
 from kvx.kernels.decode_attention import slot_logits, ungroup
 from kvx.kernels.logits import partial_softmax, slot_probabilities, softmax_rows
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree, static
 from kvx.query import Query
-from kvx.stores.base import nbytes
 from kvx.stores.dense import Dense
-from kvx.tokens import Tokens
+from kvx.stores.over_dense import OverDense
 
 CONTEXT = "context"
 """The statistic that says of a slot whether its token belongs to a context."""
 
 
 @pytree
-class Tempered:
+class Tempered(OverDense):
     """A dense store that reads contexts and other tokens as two softmaxes (Yang et al. 2025, APE, section 4).
 
     With l the layer's logits, contexts C and other tokens O:
@@ -41,37 +38,12 @@ class Tempered:
     temperature: float = static()
     scale: float = static()
 
-    def append(self, tokens: Tokens) -> "Tempered":
-        return replace(self, inner=self.inner.append(tokens))
-
     def read(self, query: Query) -> Partial:
         return ungroup(partial_softmax(self._logits(query), self.inner.values), query.spec.group)
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         logits = self._logits(query)
         return slot_probabilities(logits.reshape(*lse.shape, -1), lse)
-
-    def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Tempered":
-        return replace(self, inner=self.inner.release(scores, excess, most))
-
-    def tokens(self) -> Tokens:
-        return self.inner.tokens()
-
-    def positions(self) -> Int[Array, "B G C"]:
-        return self.inner.slots
-
-    def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
-        return self.inner.dense()
-
-    @property
-    def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
-        return self.inner.stats
-
-    def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Tempered":
-        return replace(self, inner=self.inner.with_stats(stats))
-
-    def bytes_read(self) -> int:
-        return nbytes(self)
 
     def _logits(self, query: Query) -> Float[Array, "B G M C"]:
         """What the one softmax is over; M = R T, query heads and queries merged as `slot_logits` does."""
