@@ -152,6 +152,7 @@ CASES: dict[str, Case] = {
     # The budget counts generated tokens only, and the whole prompt stays.
     "roco beside the prompt": Case(lambda budget: roco(budget, mode="decoding"), evicts=False),
     "cam": Case(lambda budget: cam(budget, width=8)),
+    "cam at places in the cache": Case(lambda budget: cam(budget, width=8, renumber=True)),
     "cam over h2o": Case(lambda budget: cam(budget, host="h2o", width=8)),
     # Up to three tokens more than its budget wait until four leave together.
     "cam every four steps": Case(lambda budget: cam(budget, width=8, every=4), evicts=False),
