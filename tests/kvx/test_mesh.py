@@ -33,6 +33,7 @@ SMALL = {
     "quantspec": "quantspec(group=8)",
     "quest": "quest(budget=16, page=4)",
     "razor_attention": "razor_attention(buffer=8, ratio=3, sinks=2, induction=0.3, block=12)",
+    "shadowkv": "shadowkv(budget=4, rank=16, chunk=2, outliers=2, local=1)",
     "snapkv": "snapkv(budget=16, window=4)",
     "streaming_llm": "streaming_llm(budget=16)",
     "tidaldecode": "tidaldecode(budget=16, layers=(0,))",
@@ -44,6 +45,7 @@ CHAINS = [
     "h2o(budget=24)+kivi(bits=2, group=8, residual=8)",
     "snapkv(budget=16, window=4)+quest(budget=8, page=4)",
     "snapkv(budget=16, window=4)+mikv(high=8)",
+    "snapkv(budget=16, window=4)+paged(page=4)",
 ]
 
 
@@ -101,6 +103,14 @@ def test_the_pool_that_layers_share_is_split_although_it_begins_as_zeros():
     cache = generated(placed(), parse_policy(SMALL["d2o"])).cache
     pool = next(part for part in cache.storage if hasattr(part, "slots"))
     assert spec(pool.keys) == spec(pool.slots) == PartitionSpec("data", "tensor")
+
+
+def test_values_on_the_host_are_split_there():
+    cache = generated(placed(), parse_policy(SMALL["shadowkv"])).cache
+    for layer in cache.layers:
+        assert spec(layer.values.rows) == spec(layer.keys) == PartitionSpec("data", "tensor")
+        assert layer.values.rows.sharding.memory_kind == "pinned_host"
+        assert layer.keys.sharding.memory_kind == "device"
 
 
 def test_contexts_and_edits_are_placed_like_everything_else():
