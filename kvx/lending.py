@@ -29,15 +29,15 @@ def takes_cache(*, static: tuple[str, ...] = (), donated: tuple[str, ...] = ()) 
             return _hollow(function(cache=_filled(cache, lent), **others))
 
         del inside.__wrapped__  # its parameters are not the function's
-        run = jax.jit(inside, donate_argnames=("cache", *donated), static_argnames=static)
+        run: Any = jax.jit(inside, donate_argnames=("cache", *donated), static_argnames=static)
 
-        @functools.wraps(function)
-        def feeding(*arguments, **named):
+        def feed(*arguments, **named):
             others = signature.bind(*arguments, **named).arguments
             cache = others.pop("cache")
             lent = [part for part in jax.tree.leaves(cache, is_leaf=_lent) if _lent(part)]
             return _filled(run(cache=_hollow(cache), lent=lent, **others), lent)
 
+        feeding: Any = functools.wraps(function)(feed)
         feeding._cache_size = run._cache_size
         return feeding
 

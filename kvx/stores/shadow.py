@@ -173,8 +173,8 @@ class Shadow:
             entries = coming[..., jnp.minimum(place, blocks - 1)]
             goal = jnp.where(place < blocks, target[..., jnp.minimum(place, blocks - 1)], blocks + place)
             values = self.values.fetch(entries).reshape(*goal.shape[:2], -1, self.kept.shape[-1])
-            news = (self._rebuilt(entries), values)
-            return tuple(scatter(old, _spread(goal, self.chunk), new) for old, new in zip(held, news, strict=True))
+            slots = _spread(goal, self.chunk)
+            return scatter(held[0], slots, self._rebuilt(entries)), scatter(held[1], slots, values)
 
         keys, kept = jax.lax.fori_loop(0, _turns(count), turn, (self.keys, self.kept))
         return replace(self, resident=resident, keys=keys, kept=kept, fetched=count)
