@@ -12,13 +12,26 @@ from jaxtyping import install_import_hook
 install_import_hook("kvx", "beartype.beartype")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
 
+MAPS = 30_000
+"""Memory maps at which a process lets go of its programs: beyond the kernel's limit of 65,530, XLA crashes."""
+
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_module_only() -> Iterator[None]:
-    """Compiled programs go after each file: thousands in one process exhaust its memory maps, and XLA crashes."""
+    """Compiled programs go after each file, so that a long session does not pile them up."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """... and within a file that compiles thousands of them."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()

@@ -95,12 +95,12 @@ def _fastgen(budget: int | float) -> Policy:
     return fastgen(0.7 if budget < 64 else 1.0, shortest=30).with_kinds(kinds)
 
 
-def _less(budget: int | float) -> Policy:
+def less_with_maps(budget: int | float, layers: int = 3) -> Policy:
     """LESS with random maps for the tiny model's layers and heads, of scales at which the state has weight."""
     blank = less(budget, features=4, hidden=8)
     (stage,) = blank.stages
     sizes = ((4, 32, 8), (4, 8, 4), (2, 32, 8), (2, 8, 4), (2, 4, 4), (2, 4), (2, 4))
-    maps = [0.3 * jax.random.normal(jax.random.key(index), (3, *size)) for index, size in enumerate(sizes)]
+    maps = [0.3 * jax.random.normal(jax.random.key(index), (layers, *size)) for index, size in enumerate(sizes)]
     return replace(blank, stages=(replace(stage, losers=replace(stage.losers, maps=FeatureMaps(*maps))),))
 
 
@@ -157,7 +157,7 @@ CASES: dict[str, Case] = {
     # Up to three tokens more than its budget wait until four leave together.
     "cam every four steps": Case(lambda budget: cam(budget, width=8, every=4), evicts=False),
     # Its state has to see every token leave, so a chunk cannot be cut by itself.
-    "less": Case(_less, chunked=False),
+    "less": Case(less_with_maps, chunked=False),
     "hashevict": Case(hashevict),
     "kivi": Case(lambda budget: _kivi(), lambda budget: kivi(bits=None), evicts=False),
     "mikv": Case(lambda budget: mikv(high=budget, bits=4), lambda budget: mikv(high=budget, bits=None), evicts=False),

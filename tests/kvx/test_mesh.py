@@ -15,14 +15,18 @@ from kvx.generate import _decode_step
 from kvx.mesh import RULES, Placement, Rules, place_model
 from kvx.policy_text import parse_policy
 from tests import tiny
+from tests.kvx.contract_cases import less_with_maps
 
 NEW = 8
 # Budgets and groups small enough that every policy evicts, moves or packs within a prompt of 40 tokens.
 SMALL = {
     "adakv": "adakv(budget=16, window=4)",
+    "cake": "cake(budget=16, window=4)",
+    "cam": "cam(budget=16)",
     "d2o": "d2o(budget=16, skip=(0,))",
     "full": "full()",
     "h2o": "h2o(budget=16)",
+    "hashevict": "hashevict(budget=16, recent=4)",
     "kivi": "kivi(bits=2, group=8, residual=8)",
     "knorm": "knorm(budget=16)",
     "mikv": "mikv(high=8)",
@@ -33,6 +37,7 @@ SMALL = {
     "quantspec": "quantspec(group=8)",
     "quest": "quest(budget=16, page=4)",
     "razor_attention": "razor_attention(buffer=8, ratio=3, sinks=2, induction=0.3, block=12)",
+    "roco": "roco(budget=16, recent=4)",
     "shadowkv": "shadowkv(budget=4, rank=16, chunk=2, outliers=2, local=1)",
     "snapkv": "snapkv(budget=16, window=4)",
     "streaming_llm": "streaming_llm(budget=16)",
@@ -79,7 +84,10 @@ def spec(array):
     return array.sharding.spec
 
 
-@pytest.mark.parametrize("text", [*(SMALL.get(name, f"{name}()") for name in kvx.policies.names()), *CHAINS])
+NAMES = [name for name in kvx.policies.names() if name != "less"]  # its arrays are trained: it has a test of its own
+
+
+@pytest.mark.parametrize("text", [*(SMALL.get(name, f"{name}()") for name in NAMES), *CHAINS])
 def test_a_mesh_gives_every_policy_the_tokens_and_positions_of_one_device(text):
     policy = parse_policy(text)
     # Calibrated apart where the policy learns, so that its arrays too come from the mesh.
@@ -87,6 +95,11 @@ def test_a_mesh_gives_every_policy_the_tokens_and_positions_of_one_device(text):
     one, many = (generated(each, calibrate(policy, each, texts)) for each in (model(), placed()))
     assert_same(one, many)
     assert len(set(np.asarray(many.tokens).ravel().tolist())) > NEW, "a model that repeats one token proves little"
+
+
+def test_trained_maps_serve_a_mesh_as_they_serve_one_device():
+    policy = less_with_maps(16, layers=2)
+    assert_same(*(generated(each, policy) for each in (model(), placed())))
 
 
 def test_every_cache_array_is_split_by_rows_and_by_heads_where_it_has_them():
@@ -131,8 +144,9 @@ def test_contexts_and_edits_are_placed_like_everything_else():
 
 def test_a_run_of_slots_that_all_heads_share_is_split_by_rows_only():
     cache = generated(placed(), parse_policy(SMALL["adakv"])).cache
-    assert spec(cache.layers[0].keys) == PartitionSpec("data")
-    assert spec(cache.layers[0].tail.keys) == PartitionSpec("data", "tensor")
+    tail, run = cache.layers[0].tiers
+    assert spec(run.keys) == PartitionSpec("data")
+    assert spec(tail.keys) == PartitionSpec("data", "tensor")
 
 
 def test_stores_of_some_heads_are_split_by_rows_and_their_lists_of_heads_are_not():
