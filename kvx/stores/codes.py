@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int, Shaped, UInt32
+from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped, UInt32
 
 from kvx.kernels.quantize_pack import pack, quantize, quantize_residual, unpack
 from kvx.pytree import pytree, static
@@ -195,3 +195,9 @@ def _not_before(after: Float[Array, "B G"] | None, words: UInt32[Array, "B G *re
     if after is None:
         return words
     return words + jnp.isinf(after).astype(jnp.uint32).reshape(*after.shape, *[1] * (words.ndim - 2))
+
+
+def never(numbers: Float[Array, "B G *rest"]) -> Bool[Array, "B G 1"]:
+    """False, once these numbers are known, as no compiler can tell: what depends on it comes after them."""
+    axes = tuple(range(2, numbers.ndim))
+    return jnp.any(jnp.isinf(numbers) & jnp.isnan(numbers), axis=axes)[..., None]

@@ -11,7 +11,7 @@ from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
-from kvx.stores.codes import ChannelCodes, TokenCodes
+from kvx.stores.codes import ChannelCodes, TokenCodes, never
 from kvx.stores.dense import Dense, scatter
 from kvx.tokens import Tokens, concatenate
 
@@ -105,9 +105,9 @@ class Nested:
             slots=scatter(self.slots, at, block.positions),
         )
         gone = self.buffer.slots <= settled._next_boundary()
-        # Never true, as no compiler knows: where the next token is written depends on the block having been read, so
-        # that XLA orders the two. Else it copies the buffer.
-        gone = gone | (_never(keys.scale) | _never(values.scale))
+        # Where the next token is written depends on the block having been read: XLA then orders the two, else it copies
+        # the buffer.
+        gone = gone | (never(keys.scale) | never(values.scale))
         return replace(settled, buffer=replace(self.buffer, slots=jnp.where(gone, -1, self.buffer.slots)))
 
     def crop(self, next: Int[Array, "B"]) -> "Nested":
@@ -191,8 +191,3 @@ class Nested:
 
     def bytes_read(self) -> int:
         return nbytes(self) - (nbytes((self.keys.lower, self.values.lower)) if self.narrowed else 0)
-
-
-def _never(scale: Float[Array, "B G *rest"]) -> Bool[Array, "B G 1"]:
-    """False, once these numbers are known."""
-    return jnp.any(jnp.isinf(scale) & jnp.isnan(scale), axis=(2, 3))[..., None]

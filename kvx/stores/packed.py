@@ -11,7 +11,7 @@ from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
-from kvx.stores.codes import ChannelCodes, TokenCodes
+from kvx.stores.codes import ChannelCodes, TokenCodes, never
 from kvx.stores.dense import Dense, first_empty, scatter
 from kvx.tokens import Tokens, concatenate
 
@@ -123,6 +123,7 @@ class Packed:
             keys=self.keys.write(groups, codes),
             slots=scatter(by_group, groups, reserved).reshape(self.slots.shape),
             places=jnp.where(moved, place * self.group + age % self.group, self.places),
+            tail=self._read(codes.scale, self.tail),
         )
 
     def _free_groups(self, count: int, due: Bool[Array, "B G"]) -> Int[Array, "B G m"]:
@@ -140,13 +141,22 @@ class Packed:
         gone = self.tail.take(oldest, due)
         place = jnp.take_along_axis(self.places, oldest[..., None], axis=-1)
         slot = jnp.where(due[..., None], place, self.slots.shape[-1])
+        codes = TokenCodes.encode(gone.values, self.values.bits, self.group)
         return replace(
             self,
-            values=self.values.write(slot, TokenCodes.encode(gone.values, self.values.bits, self.group)),
+            values=self.values.write(slot, codes),
             slots=scatter(self.slots, slot, gone.positions),
             kept={name: scatter(stat, slot, gone.stats[name]) for name, stat in self.kept.items()},
-            tail=self.tail.evict(oldest, due),
+            tail=self._read(codes.scale, self.tail.evict(oldest, due)),
         )
+
+    @staticmethod
+    def _read(scale: Float[Array, "B G *rest"], tail: Dense) -> Dense:
+        """The ring once these codes of it are made: where the next token is written then waits for them.
+
+        XLA orders the two so, and copies the ring otherwise.
+        """
+        return replace(tail, slots=jnp.where(never(scale), -1, tail.slots))
 
     def read(self, query: Query) -> Partial:
         packed, ring = self._logits(query)

@@ -53,7 +53,7 @@ POLICIES = (
     "quest(budget=64)",
     "shadowkv(budget=64, rank=32)",
     "paged",
-    "kivi(bits=4, group=32, residual=32)",
+    "kivi(bits=4, group=32)",
     "quantspec(group=32)",
     "mikv(high=320)",
     "razor_attention(buffer=320, heads=((0, 1), (2, 0), (2, 1)))",
