@@ -1,18 +1,24 @@
 """Test session set-up: CPU with eight simulated devices, and shapes checked at run time in everything we import."""
 
 import os
+from pathlib import Path
+
+import platformdirs
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile far more than they compute: without LLVM's optimisations they take two thirds of the time. XLA's own
 # passes (layouts, copies, fusions) are not affected.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+# Compiled programs are shared by the workers, by files that need the same ones, and by the next session.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(platformdirs.user_cache_dir("kvx")) / "test-programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from jaxtyping import install_import_hook
 
 install_import_hook("kvx", "beartype.beartype")
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import pytest
