@@ -4,12 +4,13 @@ A new policy joins by a row here; a test fails until it has one. A row names wha
 reason, instead of the tests branching on names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kvx.chain import chain
 from kvx.kinds import PUNCTUATION, SPECIAL
@@ -29,6 +30,7 @@ from kvx.policies import (
     less,
     mikv,
     minicache,
+    names,
     paged,
     pyramidinfer,
     pyramidkv,
@@ -199,3 +201,11 @@ CASES: dict[str, Case] = {
     ),
     "h2o+quest": Case(lambda budget: chain(h2o(budget), quest(budget, page=8, skip=(0,)))),
 }
+
+QUICK = {*names(), "snapkv+kivi", "h2o+kivi"}
+"""What `make test` runs; variants of a method and the other chains run with the slower tests."""
+
+
+def parameters(chosen: Iterable[str] = CASES) -> list:
+    """Names of cases, as a test's parameters."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in chosen]

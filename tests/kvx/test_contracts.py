@@ -8,7 +8,7 @@ import pytest
 import kvx
 from kvx.cache import ENDLESS
 from tests import tiny
-from tests.kvx.contract_cases import CASES
+from tests.kvx.contract_cases import CASES, parameters
 
 STEPS = 24
 LENGTHS = (110, 40, 71)
@@ -43,7 +43,7 @@ def test_every_registered_method_has_a_case():
     assert set(kvx.policies.names()) <= used
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", parameters())
 def test_a_budget_that_holds_every_token_is_the_full_cache(model, name):
     """Also in a batch with a row below its budget and one above: only the second may differ."""
     tokens, lengths = tiny.prompts(*LENGTHS)
@@ -55,7 +55,7 @@ def test_a_budget_that_holds_every_token_is_the_full_cache(model, name):
     assert np.abs(scores[1] - full[1]).max() < 2e-4, "row 1 ends at 64 tokens, below the budget of 80"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", parameters())
 def test_a_row_of_a_batch_equals_the_row_alone(model, name):
     """Kept positions exactly; log-probabilities within 5e-4 where the store does not round."""
     case = CASES[name]
@@ -72,7 +72,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(model, name):
         assert np.abs(exact[0] - unrounded[row]).max() < 5e-4
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.evicts])
+@pytest.mark.parametrize("name", parameters(name for name, case in CASES.items() if case.evicts))
 @pytest.mark.parametrize("budget", [BUDGET, 0.4])
 def test_the_budget_bounds_what_is_kept_and_bytes_are_saved(model, name, budget):
     """Slots averaged over layers and heads: the total for bounded policies, plus generated tokens for the others."""
@@ -97,7 +97,7 @@ ALONE = [name for name, case in CASES.items() if case.build(BUDGET).alone]
 IN_COMPANY = [name for name in CASES if name not in ALONE]
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", parameters(ALONE))
 def test_a_policy_that_changes_the_pass_refuses_company_and_chunks(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     policy = CASES[name].build(BUDGET)
@@ -107,7 +107,7 @@ def test_a_policy_that_changes_the_pass_refuses_company_and_chunks(model, name):
         kvx.prefill(model, tokens, policy, lengths, prefill_chunk=32)
 
 
-@pytest.mark.parametrize("name", IN_COMPANY)
+@pytest.mark.parametrize("name", parameters(IN_COMPANY))
 def test_chunked_prefill_that_compresses_at_the_end_equals_unchunked(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     whole, cache = run(model, CASES[name].exact(BUDGET), tokens, lengths, forced())
@@ -116,7 +116,7 @@ def test_chunked_prefill_that_compresses_at_the_end_equals_unchunked(model, name
     assert np.abs(whole - chunked).max() < 5e-4
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.chunked and case.evicts])
+@pytest.mark.parametrize("name", parameters(name for name, case in CASES.items() if case.chunked and case.evicts))
 def test_cutting_every_chunk_keeps_the_budget(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     policy = CASES[name].build(BUDGET)
@@ -137,7 +137,7 @@ def test_a_tuple_of_policies_shares_one_pass_and_changes_nothing(model):
         assert cache.nbytes == single.nbytes
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", parameters())
 def test_a_row_that_has_ended_leaves_its_cache_as_it_is(model, name):
     """Rows of unequal continuation: the shorter one's kept tokens equal those of stopping there."""
     tokens, lengths = tiny.prompts(*LENGTHS)
@@ -158,7 +158,7 @@ def is_endless(name: str) -> bool:
     return all(policy.at(layer, 3).bounded for layer in range(3))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if is_endless(name)])
+@pytest.mark.parametrize("name", parameters(name for name in CASES if is_endless(name)))
 def test_a_bounded_policy_runs_past_its_room_in_constant_memory(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     policy = CASES[name].build(BUDGET)

@@ -87,7 +87,13 @@ def spec(array):
 NAMES = [name for name in kvx.policies.names() if name != "less"]  # its arrays are trained: it has a test of its own
 
 
-@pytest.mark.parametrize("text", [*(SMALL.get(name, f"{name}()") for name in NAMES), *CHAINS])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(SMALL.get(name, f"{name}()") for name in NAMES),
+        *(pytest.param(text, marks=pytest.mark.slow) for text in CHAINS),
+    ],
+)
 def test_a_mesh_gives_every_policy_the_tokens_and_positions_of_one_device(text):
     policy = parse_policy(text)
     # Calibrated apart where the policy learns, so that its arrays too come from the mesh.

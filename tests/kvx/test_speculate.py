@@ -179,7 +179,7 @@ DRAFTERS = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", ["narrow", pytest.param("another model", marks=pytest.mark.slow)])
 def test_sampled_texts_have_the_joint_law_of_the_target(name, rule):
     """Three tokens of 8192 seeds: the first from the prompt, the others drafted, corrected or bonus."""
     policy, drafter = DRAFTERS[name]()
