@@ -14,13 +14,13 @@ def chain(*policies: Policy) -> Policy:
     """
     if not policies:
         raise BadInput("chain: no policies given; allowed: one or more")
-    stages = tuple(stage for policy in policies for stage in policy.stages)
+    last, stages = policies[-1], tuple(stage for policy in policies for stage in policy.stages)
     for policy in policies:
         if len(policies) > 1 and any(stage.unchained for stage in policy.stages):
             raise BadInput(f"chain: {policy.text!r} relies on slots and positions of its own; allowed: it alone")
     if any(stage.append_only for stage in stages[-1:]) and any(stage.evicts for stage in stages):
         raise BadInput(
-            f"chain: {policies[-1].text!r} cannot evict at every step; allowed before it: policies that act once, "
+            f"chain: {last.text!r} cannot evict at every step; allowed before it: policies that act once, "
             "after the prompt"
         )
     for place, policy in enumerate(policies):
