@@ -27,12 +27,11 @@ class CacheBuilder:
         self.specs, self.dtype, self.placement = specs, dtype, placement
         self.policies = [policy.at(layer, len(specs)) for layer in range(len(specs))]
         # Also refuses impossible budgets, before any work.
-        self.slots = [
-            each.slots(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))
-        ]
-        self.capacities = [
-            each.capacity(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, specs, strict=True))
-        ]
+        layers = list(enumerate(zip(self.policies, specs, strict=True)))
+        self.slots = [each.slots(spec, layer) for layer, (each, spec) in layers]
+        self.capacities = [each.capacity(spec, layer) for layer, (each, spec) in layers]
+        # An exempt layer keeps every token, so it needs room though others are bounded.
+        self.room = ENDLESS if all(each.endless(spec, layer) for layer, (each, spec) in layers) else specs[0].room
         self.policy = policy
         self.storage: tuple[Any, ...] = ()
         self.places: list[Any] = []
@@ -74,14 +73,9 @@ class CacheBuilder:
                 context = Context(jnp.int32(layer), lengths, spec)
                 self._put(_land(self.policies[layer], self.carry, context, placement=self.placement))
             self.carry = None
-        # An exempt layer keeps every token, so it needs room though others are bounded.
-        endless = all(
-            each.endless(spec, layer) for layer, (each, spec) in enumerate(zip(self.policies, self.specs, strict=True))
-        )
-        room = ENDLESS if endless else self.specs[0].room
         # Placed too, or the first decode step would take a different program than all that follow.
         # Copied, since a cache is donated: caches of one pass, and the caller's own lengths, must not go with it.
-        counters = place_rows(self.placement, (jnp.copy(seen), jnp.int32(room)))
+        counters = place_rows(self.placement, (jnp.copy(seen), jnp.int32(self.room)))
         return KVCache(self.storage, tuple(self.places), tuple(self.states), *counters)
 
     def _pack(self, layer: int, tokens: Tokens, evidence: Evidence, lengths: Int[Array, "B"], plan: Any) -> None:

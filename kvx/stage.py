@@ -7,6 +7,7 @@ stage that answers wins), or acts at each decode step (`before`, `read`, `step`)
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int8, Shaped
 
@@ -119,12 +120,12 @@ class Stage:
         return carry
 
     def land(self, carry: Any, context: Context) -> tuple[Store, Any]:
-        """For `decides = "cascade"`: one layer's store and state, from what all layers hold."""
-        raise NotImplementedError
+        """For `decides = "cascade"`: one layer's store and state, from what all layers hold (here: the carry is it)."""
+        return carry, None
 
     def need(self, tokens: Tokens, mask: Bool[Array, "B G T"], state: Any, context: Context) -> Int[Array, ""]:
-        """For `measures`: slots that hold what this stage kept, and what will come."""
-        raise NotImplementedError
+        """For `measures`: slots per head that hold what this stage kept, and what will come."""
+        return jnp.max(jnp.sum(mask, axis=-1)) + context.spec.room
 
     def remaining(self, spec: Spec, layer: int) -> int | None:
         """For `thins`: the most tokens of a row that go on to the next layer; None: all that came."""
@@ -132,7 +133,7 @@ class Stage:
 
     def thin(self, tokens: Tokens, evidence: Evidence, context: Context) -> Bool[Array, "B T"]:
         """For `thins`: which tokens go on to the next layer (those of a row's own, in any layer of `remaining`)."""
-        raise NotImplementedError
+        return jnp.any(tokens.present, axis=1)
 
     def keep(
         self, tokens: Tokens, mask: Bool[Array, "B G T"], evidence: Evidence, context: Context
