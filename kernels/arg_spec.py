@@ -28,6 +28,7 @@ class ArgSpec:
         options: the remaining arguments, static.
         tolerance: largest error of the output against the float32 reference on the same inputs, relative to the
             reference's largest absolute value; the list's file says why.
+        function: the public function's name in the operation's package; None: the operation's own.
         moved: bytes that the operation must move if not all of its inputs (a sparse read); None: inputs and outputs.
         compares: the same problem for PyTorch's and cuDNN's dense attention, if they can do it: B, H, G, T, S, D and
             "causal".
@@ -37,6 +38,7 @@ class ArgSpec:
     build: Callable[[jax.Array], dict[str, Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 2e-5
+    function: str | None = None
     moved: int | None = None
     compares: Mapping[str, int | bool] | None = None
 
