@@ -1,4 +1,4 @@
-"""The command line: `kvx fetch | generate | compare | policies`. One file per command; heavy imports happen in them."""
+"""The command line, one file per command; heavy imports happen inside the commands."""
 
 import sys
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from kvx.cli.bench import bench
 from kvx.cli.compare import compare
 from kvx.cli.fetch import fetch
 from kvx.cli.generate import generate
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for _command in (fetch, generate, compare, policies):
     app.command()(_command)
+app.add_typer(bench, name="bench")
 
 # What click calls UsageError and ClickException, wherever this version of typer keeps them.
 _Refusal: Any = typer.BadParameter.__bases__[0].__bases__[0]

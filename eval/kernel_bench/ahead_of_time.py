@@ -1,0 +1,104 @@
+"""Kernels compiled by the real TPU compiler, no TPU needed: scoped memory, temporaries, copies.
+
+A call fails if a temporary exceeds 1 % of its inputs (1 MiB is always allowed), or if the program holds a copy, a
+transpose or a conversion of that size: a cache moved or decoded in main memory shows as one of these.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from kvx.eval.kernel_bench.calls import Call
+from kvx.kernels.arg_spec import CHIP_BYTES, CHIPS
+from kvx.kernels.implementations import compiling_for
+
+ALLOWED = 0.01
+"""Share of the inputs' bytes that temporaries, and single moved arrays, may reach."""
+
+SMALL = 2**20
+"""Bytes that are always allowed."""
+
+_MOVES = re.compile(r"= (\w+)\[([\d,]*)\]\S* (copy|transpose|convert|copy-start)\(")
+_SCOPED = re.compile(r'"memory_space":"1","offset":"\d+","size":"(\d+)"')
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one call for one chip.
+
+    Attributes:
+        fits: whether inputs and outputs fit the chip's memory; if not, nothing was compiled.
+        argument_bytes: inputs.
+        temporary_bytes: scratch in main memory.
+        scoped_bytes: on-chip memory (VMEM) that the largest kernel takes.
+        moved: (operation, bytes) of arrays that are moved or converted in main memory beyond what is allowed.
+        problem: the compiler's first line if it refused; None otherwise.
+    """
+
+    operation: str
+    name: str
+    chip: str
+    fits: bool
+    argument_bytes: int
+    temporary_bytes: int = 0
+    scoped_bytes: int = 0
+    moved: tuple[tuple[str, int], ...] = ()
+    problem: str | None = None
+
+    @property
+    def allowed(self) -> int:
+        """Bytes that a temporary may take."""
+        return max(SMALL, int(ALLOWED * self.argument_bytes))
+
+    @property
+    def good(self) -> bool:
+        """Compiled, and nothing of the cache's size is made beside the cache; or too large for the chip."""
+        if not self.fits:
+            return True
+        return self.problem is None and self.temporary_bytes <= self.allowed and not self.moved
+
+
+def compile_calls(
+    calls: Sequence[Call], chips: Sequence[str] = tuple(CHIPS), implementation: str = "mosaic_tpu"
+) -> Iterator[Compiled]:
+    """Each call for each chip. Only one process on a machine may hold the TPU compiler."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    for chip in chips:
+        device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        for call in calls:
+            yield _compile(call, chip, sharding, implementation)
+
+
+def _compile(call: Call, chip: str, sharding: jax.sharding.Sharding, implementation: str) -> Compiled:
+    abstract = call.spec.abstract()
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+    size = call.spec.argument_bytes()
+    fits = size <= 0.95 * CHIP_BYTES[chip]
+    name = call.spec.function or call.operation
+    if not fits:
+        return Compiled(name, call.spec.name, chip, False, size)
+    try:
+        with compiling_for("tpu"):
+            compiled = jax.jit(call.bound(implementation)).lower(placed).compile()
+    except Exception as error:  # whatever the compiler says is the result
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Compiled(name, call.spec.name, chip, True, size, problem=lines[0][:300])
+    text = compiled.as_text()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    scoped = max((int(found) for found in _SCOPED.findall(text)), default=0)
+    allowed = max(SMALL, ALLOWED * size)
+    moved = tuple((kind, amount) for kind, amount in _moves(text) if amount > allowed)
+    return Compiled(name, call.spec.name, chip, True, size, temporary, scoped, moved)
+
+
+def _moves(text: str) -> Iterator[tuple[str, int]]:
+    for kind, shape, operation in _MOVES.findall(text):
+        yield operation, int(np.prod([int(n) for n in shape.split(",") if n])) * _BYTES.get(kind, 4)
