@@ -118,7 +118,7 @@ def _activations(
         flat = jnp.moveaxis(array, 0, -3)
         return flat.reshape(*flat.shape[:-3], -1, flat.shape[-1])[..., picks, :]
 
-    return Activations(picked(query.rotated), picked(tokens.rotated_keys), picked(tokens.values), block.spec)
+    return Activations(picked(query.rotated), picked(tokens.rotated_keys), picked(tokens.attended_values), block.spec)
 
 
 @jax.jit

@@ -25,6 +25,8 @@ class AttentionSpec:
         scale: factor on q . k before the softmax.
         window: sliding window: a key at position j is visible from i if 0 <= i - j < window. None: full causal.
         softcap: logits become softcap * tanh(logits / softcap). None: not capped.
+        latent: a token's value is the last `value_dim` channels of its key, which no rotation turns, so that a cache
+            keeps them once (`kvx.tokens.attended_values`).
     """
 
     heads: int
@@ -34,6 +36,7 @@ class AttentionSpec:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    latent: bool = False
 
     @property
     def group(self) -> int:
@@ -57,6 +60,11 @@ class Block(Protocol):
     @property
     def rotary(self) -> Rotary:
         """This layer's rotation."""
+        ...
+
+    @property
+    def expanded(self) -> "Block":
+        """The same layer in the form that is cheapest over a whole text of which nothing is cached; often itself."""
         ...
 
     def project(

@@ -1,9 +1,9 @@
 """The layer loop: project, attend, compress, finish. Everything between a model's pure functions happens here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,15 @@ from kvx.tokens import Tokens, concatenate
 def project(block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> tuple[Query, Tokens]:
     """The layer's queries, and its new tokens with unrotated keys."""
     q, k, v = block.project(x)
+    if block.spec.latent:
+        v = v[..., :0]
     query = Query.from_heads(q, positions, block.rotary, block.spec)
     spots = jnp.broadcast_to(positions[:, None, :], (positions.shape[0], block.spec.kv_heads, positions.shape[1]))
     tokens = Tokens(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), spots, block.rotary, rotated=False)
     return query, tokens
 
 
-@partial(jax.jit, static_argnames=("requests", "rotated", "renumber"))
+@partial(jax.jit, static_argnames=("requests", "rotated", "renumber", "expanded"))
 def attend(
     block: Block,
     x: Float[Array, "B T E"],
@@ -45,6 +47,7 @@ def attend(
     lengths: Int[Array, "B"] | None = None,
     marks: Mapping[str, Int[Array, "B T"]] | None = None,
     visibility: Bool[Array, "N N"] | None = None,
+    expanded: bool = False,
 ) -> tuple[Float[Array, "B T E"], Tokens, Evidence]:
     """One layer over a prompt or a chunk of one: exact attention over the past tokens and the new ones.
 
@@ -60,10 +63,12 @@ def attend(
         marks: integers of the new tokens; those that were asked for travel in their statistics.
         segments: labels of the new tokens, if not all see each other.
         visibility: which label sees which; None: each its own, and SHARED.
+        expanded: in the layer's form for whole texts; its tokens are not those of a cache.
 
     Returns:
         The layer's output, its new tokens, and the evidence over past and new tokens in that order.
     """
+    block = block.expanded if expanded else block
     query, new = project(block, x, positions)
     new = marked(new, {name: mark for name, mark in (marks or {}).items() if name in requests.marks})
     everything = new.with_form(rotated) if past is None else concatenate(past, new.with_form(past.rotated))
@@ -76,7 +81,7 @@ def attend(
     out, _, columns = prefill_attention(
         queries,
         keys,
-        everything.values,
+        everything.attended_values,
         positions,
         everything.positions,
         columns=tuple(sorted(requests.columns)),
@@ -248,19 +253,71 @@ def settle(model: Decoder, cache: KVCache, policy: Policy) -> KVCache:
     return replace(cache, storage=storage)
 
 
+@overload
 def forward(
-    model: Decoder, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None
-) -> Float[Array, "B T N"]:
-    """Plain causal pass without a cache: float32 logits after every token, for training and perplexity.
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    *,
+    remat: bool | Callable[..., Any] = False,
+    hidden: Literal[False] = False,
+) -> Float[Array, "B T N"]: ...
 
-    With `segments` (labels of packed documents) a token attends to its own document only, and positions restart there.
+
+@overload
+def forward(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    *,
+    remat: bool | Callable[..., Any] = False,
+    hidden: Literal[True],
+) -> tuple[Float[Array, "B T N"], list[Float[Array, "B T E"]]]: ...
+
+
+def forward(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    *,
+    remat: bool | Callable[..., Any] = False,
+    hidden: bool = False,
+) -> Float[Array, "B T N"] | tuple[Float[Array, "B T N"], list[Float[Array, "B T E"]]]:
+    """Plain causal pass without a cache, for training and perplexity; every layer in its form for whole texts.
+
+    Args:
+        segments: labels of packed documents, none of them `SHARED` (-1): a token attends to its own document only.
+        positions: true positions, -1 for padding, which sees nothing; None: they restart with every document.
+        remat: gradients compute each block again instead of keeping what it made; or a policy of
+            `jax.checkpoint_policies`, which says what is kept.
+        hidden: also return the residual stream after every block.
+
+    Returns:
+        float32 logits after every token, and with `hidden` the list of the blocks' outputs.
     """
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    positions = index
-    if segments is not None:
-        first = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-        positions = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-    x = model.embed(tokens)
+    if positions is None:
+        positions = _restarting(tokens.shape, segments)
+
+    def through(block: Block, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        return attend(block, x, positions, segments=segments, expanded=True)[0]
+
+    if remat:
+        through = jax.checkpoint(through, policy=None if remat is True else remat)
+    x, outputs = model.embed(tokens), []
     for block in model.blocks:
-        x, _, _ = attend(block, x, positions, segments=segments)
-    return model.unembed(x)
+        x = through(block, x)
+        outputs.append(x)
+    logits = model.unembed(x)
+    return (logits, outputs) if hidden else logits
+
+
+def _restarting(shape: tuple[int, ...], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """Positions that count from 0 in every run of equal labels."""
+    index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    if segments is None:
+        return index
+    first = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)

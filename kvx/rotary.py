@@ -29,6 +29,11 @@ class Rotary:
     magnitude: Float[Array, ""] | float = 1.0
     held_whole: ClassVar[bool] = True
 
+    @property
+    def width(self) -> int:
+        """Channels that are rotated."""
+        return 2 * self.frequencies.shape[0]
+
     def __call__(self, x: Float[Array, "*batch D"], positions: Int[Array, "*#batch"]) -> Float[Array, "*batch D"]:
         """Rotate `x` (..., D) at integer `positions` that broadcast against its leading axes; float32 inside."""
         return self._turned(x, positions, self.magnitude)

@@ -18,7 +18,7 @@ class Tokens:
 
     Attributes:
         keys: rotated at their true positions if `rotated`, else as the model projected them.
-        values: values.
+        values: values; of width 0 where channels of the keys are the values (`attended_values`).
         positions: true positions; -1 marks "no token" (padding, an empty slot, a row that has ended).
         stats: numbers that a policy keeps with each token, by name (float32 or integers).
         rotary: this layer's rotation.
@@ -41,6 +41,11 @@ class Tokens:
     def raw_keys(self) -> Float[Array, "B G T D"]:
         """Keys before rotation; exact if the tokens carry them so, else turned back in float32."""
         return self.rotary.back(self.keys, self.positions) if self.rotated else self.keys
+
+    @property
+    def attended_values(self) -> Float[Array, "B G T V"]:
+        """What attention mixes."""
+        return attended_values(self.keys, self.values, self.rotary)
 
     @property
     def present(self) -> Bool[Array, "B G T"]:
@@ -107,6 +112,16 @@ class Tokens:
     def with_form(self, rotated: bool) -> "Tokens":
         """The same tokens with keys in the named form."""
         return replace(self, keys=self.rotated_keys if rotated else self.raw_keys, rotated=rotated)
+
+
+def attended_values(
+    keys: Float[Array, "*batch D"], values: Float[Array, "*batch V"], rotary: Rotary
+) -> Float[Array, "*batch W"]:
+    """What attention mixes: the values, or, where nothing is kept as such, the channels of the keys that do not turn.
+
+    So a token of latent attention (DeepSeek-V2 2024) is kept once: as key, whose latent is the value too.
+    """
+    return values if values.shape[-1] else keys[..., rotary.width :]
 
 
 def concatenate(first: Tokens, second: Tokens) -> Tokens:

@@ -9,6 +9,8 @@ the sliding layers (Gemma 3). For layer input x (B, T, E):
     x = x + n2(W_o attention(q, k, v))               logits scaled by query_pre_attn_scalar^-1/2, then capped
     x = x + n4(W_down(gelu(W_gate n3(x)) * W_up n3(x)))
 
+Layers that the config's "kvx_mla" section names have latent attention instead (`kvx.models.mla`).
+
 Sources: Gemma Team 2024 (Gemma 2), Gemma Team 2025 (Gemma 3).
 """
 
@@ -16,6 +18,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,11 +28,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kvx.decoder import AttentionSpec
+from kvx.models.attention import GroupedAttention
+from kvx.models.block import DecoderBlock
 from kvx.models.config_values import flag, heads, integer, layer_windows, only, optional_positive, positive
-from kvx.models.layers import Embedding, GatedMLP, Linear, RMSNorm, RotaryConstant
-from kvx.models.pieces import Piece, gated_pieces, qkv_pieces
+from kvx.models.latent_layers import latent_layers
+from kvx.models.layers import Embedding, GatedMLP, RMSNorm
+from kvx.models.mla import LatentAttention
+from kvx.models.pieces import Piece, gated_pieces
 from kvx.models.rope_frequencies import rope_frequencies
-from kvx.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -93,52 +99,20 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-class GemmaBlock(nnx.Module):
-    """One decoder layer; satisfies `kvx.decoder.Block`."""
+class GemmaBlock(DecoderBlock):
+    """One decoder layer."""
 
-    def __init__(
-        self,
-        c: GemmaConfig,
-        window: int | None,
-        frequencies: Float[np.ndarray, "P"],
-        magnitude: float,
-        dtype: np.dtype,
-    ):
-        self.spec = AttentionSpec(c.heads, c.kv_heads, c.head_dim, c.head_dim, c.scale, window, c.attention_cap)
-        self.frequencies = RotaryConstant(jnp.asarray(frequencies))
-        self.magnitude = magnitude
-
+    def __init__(self, c: GemmaConfig, attention: GroupedAttention | LatentAttention, dtype: np.dtype):
         self.attention_norm = RMSNorm(c.width, c.epsilon, dtype, offset=1.0)
-        grouped = (c.kv_heads, self.spec.group + 2, c.head_dim)
-        self.qkv = Linear(c.width, grouped, ("embed", "kv_heads", None, None), dtype)
-        self.q_norm = RMSNorm(c.head_dim, c.epsilon, dtype, offset=1.0) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.epsilon, dtype, offset=1.0) if c.qk_norm else None
-        self.out = Linear(c.heads * c.head_dim, (c.width,), ("heads", "embed"), dtype)
+        self.attention = attention
         self.after_attention_norm = RMSNorm(c.width, c.epsilon, dtype, offset=1.0)
 
         self.mlp_norm = RMSNorm(c.width, c.epsilon, dtype, offset=1.0)
         self.mlp = GatedMLP(c.width, c.hidden, gelu, dtype)
         self.after_mlp_norm = RMSNorm(c.width, c.epsilon, dtype, offset=1.0)
 
-    @property
-    def rotary(self) -> Rotary:
-        """This layer's rotation: sliding and full layers may turn at different rates."""
-        return Rotary(self.frequencies[...], self.magnitude)
-
-    def project(
-        self, x: Float[Array, "B T E"]
-    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T G D"], Float[Array, "B T G D"]]:
-        """Unrotated queries, keys and values of the layer's input."""
-        z = self.qkv(self.attention_norm(x))
-        q, k, v = z[..., :-2, :], z[..., -2, :], z[..., -1, :]
-        q = q.reshape(*x.shape[:2], self.spec.heads, self.spec.key_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
-
-    def finish(self, x: Float[Array, "B T E"], out: Float[Array, "B T H V"]) -> Float[Array, "B T E"]:
-        """The layer's output from its input and the attention output of every head."""
-        attended = self.out(out.reshape(*x.shape[:2], -1).astype(x.dtype))
+    def join(self, x: Float[Array, "B T E"], attended: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The layer's output from its input and what attention adds to it."""
         x = x + self.after_attention_norm(attended)
         return x + self.after_mlp_norm(self.mlp(self.mlp_norm(x)))
 
@@ -159,9 +133,18 @@ class Gemma(nnx.Module):
         self.max_positions = c.max_positions
         self.final_cap = c.final_cap
 
-        self.embedding = Embedding(c.vocabulary, c.width, dtype)
         rotations = _rotations(config, c.head_dim)
-        self.blocks = nnx.List([GemmaBlock(c, w, *rotations[w is not None], dtype) for w in c.windows])
+        latent = latent_layers(config, len(c.windows))
+
+        def attention(layer: int, window: int | None) -> GroupedAttention | LatentAttention:
+            if layer in latent:
+                return latent[layer].attention(c.width, dtype, window, c.attention_cap)
+            spec = AttentionSpec(c.heads, c.kv_heads, c.head_dim, c.head_dim, c.scale, window, c.attention_cap)
+            norm = partial(RMSNorm, c.head_dim, c.epsilon, dtype, offset=1.0) if c.qk_norm else None
+            return GroupedAttention(c.width, spec, *rotations[window is not None], dtype, head_norm=norm)
+
+        self.embedding = Embedding(c.vocabulary, c.width, dtype)
+        self.blocks = nnx.List([GemmaBlock(c, attention(*each), dtype) for each in enumerate(c.windows)])
         self.norm = RMSNorm(c.width, c.epsilon, dtype, offset=1.0)
         self.head = None if c.tied else Embedding(c.vocabulary, c.width, dtype)
 
@@ -188,13 +171,9 @@ class Gemma(nnx.Module):
         yield Piece("model.embed_tokens.weight", self.embedding.table, "table")
         for i, block in enumerate(self.blocks):
             layer = f"model.layers.{i}"
-            attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+            mlp = f"{layer}.mlp"
             yield Piece(f"{layer}.input_layernorm.weight", block.attention_norm.weight, "vector")
-            yield from qkv_pieces(attention, block.qkv.kernel, "matrix", "weight")
-            if block.q_norm is not None and block.k_norm is not None:
-                yield Piece(f"{attention}.q_norm.weight", block.q_norm.weight, "vector")
-                yield Piece(f"{attention}.k_norm.weight", block.k_norm.weight, "vector")
-            yield Piece(f"{attention}.o_proj.weight", block.out.kernel, "matrix")
+            yield from block.attention.pieces(f"{layer}.self_attn")
             yield Piece(f"{layer}.post_attention_layernorm.weight", block.after_attention_norm.weight, "vector")
             yield Piece(f"{layer}.pre_feedforward_layernorm.weight", block.mlp_norm.weight, "vector")
             yield from gated_pieces(mlp, block.mlp.gate_up.kernel, "matrix", "weight")

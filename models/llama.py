@@ -7,6 +7,8 @@ Every member is the same computation with switches: biases on q, k, v (Qwen2), a
     x = x + W_o attention(q, k, v)
     x = x + W_down(silu(W_gate n(x)) * W_up n(x))
 
+Layers that the config's "kvx_mla" section names have latent attention instead (`kvx.models.mla`).
+
 Sources: Touvron et al. 2023 (Llama), Dubey et al. 2024 (Llama 3), Jiang et al. 2023 (Mistral 7B), Yang et al. 2024
 and 2025 (Qwen2, Qwen3), Allal et al. 2025 (SmolLM2).
 """
@@ -14,20 +16,23 @@ and 2025 (Qwen2, Qwen3), Allal et al. 2025 (SmolLM2).
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kvx.decoder import AttentionSpec
+from kvx.models.attention import GroupedAttention
+from kvx.models.block import DecoderBlock
 from kvx.models.config_values import flag, heads, integer, layer_windows, only, optional_integer, positive
-from kvx.models.layers import Embedding, GatedMLP, Linear, RMSNorm, RotaryConstant
-from kvx.models.pieces import Piece, gated_pieces, qkv_pieces
+from kvx.models.latent_layers import latent_layers
+from kvx.models.layers import Embedding, GatedMLP, RMSNorm
+from kvx.models.mla import LatentAttention
+from kvx.models.pieces import Piece, gated_pieces
 from kvx.models.rope_frequencies import rope_frequencies
-from kvx.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -90,50 +95,18 @@ def _windows(config: Mapping[str, Any], kind: str, layers: int) -> tuple[int | N
     return layer_windows(config, layers, window, tuple(window is not None and i >= first for i in range(layers)))
 
 
-class LlamaBlock(nnx.Module):
-    """One decoder layer; satisfies `kvx.decoder.Block`."""
+class LlamaBlock(DecoderBlock):
+    """One decoder layer."""
 
-    def __init__(
-        self,
-        c: LlamaConfig,
-        window: int | None,
-        frequencies: Float[np.ndarray, "P"],
-        magnitude: float,
-        dtype: np.dtype,
-    ):
-        self.spec = AttentionSpec(c.heads, c.kv_heads, c.head_dim, c.head_dim, c.head_dim**-0.5, window)
-        self.frequencies = RotaryConstant(jnp.asarray(frequencies))
-        self.magnitude = magnitude
-
+    def __init__(self, c: LlamaConfig, attention: GroupedAttention | LatentAttention, dtype: np.dtype):
         self.attention_norm = RMSNorm(c.width, c.epsilon, dtype)
-        grouped = (c.kv_heads, self.spec.group + 2, c.head_dim)
-        self.qkv = Linear(c.width, grouped, ("embed", "kv_heads", None, None), dtype, c.qkv_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.epsilon, dtype) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.epsilon, dtype) if c.qk_norm else None
-        self.out = Linear(c.heads * c.head_dim, (c.width,), ("heads", "embed"), dtype, c.out_bias)
-
+        self.attention = attention
         self.mlp_norm = RMSNorm(c.width, c.epsilon, dtype)
         self.mlp = GatedMLP(c.width, c.hidden, jax.nn.silu, dtype, c.mlp_bias)
 
-    @property
-    def rotary(self) -> Rotary:
-        """This layer's rotation."""
-        return Rotary(self.frequencies[...], self.magnitude)
-
-    def project(
-        self, x: Float[Array, "B T E"]
-    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T G D"], Float[Array, "B T G D"]]:
-        """Unrotated queries, keys and values of the layer's input."""
-        z = self.qkv(self.attention_norm(x))
-        q, k, v = z[..., :-2, :], z[..., -2, :], z[..., -1, :]
-        q = q.reshape(*x.shape[:2], self.spec.heads, self.spec.key_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
-
-    def finish(self, x: Float[Array, "B T E"], out: Float[Array, "B T H V"]) -> Float[Array, "B T E"]:
-        """The layer's output from its input and the attention output of every head."""
-        x = x + self.out(out.reshape(*x.shape[:2], -1).astype(x.dtype))
+    def join(self, x: Float[Array, "B T E"], attended: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The layer's output from its input and what attention adds to it."""
+        x = x + attended
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -152,9 +125,19 @@ class Llama(nnx.Module):
         self.vocabulary = c.vocabulary
         self.max_positions = c.max_positions
 
-        frequencies, magnitude = rope_frequencies(config, c.head_dim, base=10_000.0)
+        rotation = rope_frequencies(config, c.head_dim, base=10_000.0)
+        latent = latent_layers(config, len(c.windows))
+
+        def attention(layer: int, window: int | None) -> GroupedAttention | LatentAttention:
+            if layer in latent:
+                return latent[layer].attention(c.width, dtype, window)
+            spec = AttentionSpec(c.heads, c.kv_heads, c.head_dim, c.head_dim, c.head_dim**-0.5, window)
+            biases = {"qkv_bias": c.qkv_bias, "out_bias": c.out_bias}
+            norm = partial(RMSNorm, c.head_dim, c.epsilon, dtype) if c.qk_norm else None
+            return GroupedAttention(c.width, spec, *rotation, dtype, head_norm=norm, **biases)
+
         self.embedding = Embedding(c.vocabulary, c.width, dtype)
-        self.blocks = nnx.List([LlamaBlock(c, window, frequencies, magnitude, dtype) for window in c.windows])
+        self.blocks = nnx.List([LlamaBlock(c, attention(*each), dtype) for each in enumerate(c.windows)])
         self.norm = RMSNorm(c.width, c.epsilon, dtype)
         self.head = None if c.tied else Embedding(c.vocabulary, c.width, dtype)
 
@@ -178,17 +161,9 @@ class Llama(nnx.Module):
         yield Piece("model.embed_tokens.weight", self.embedding.table, "table")
         for i, block in enumerate(self.blocks):
             layer = f"model.layers.{i}"
-            attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+            mlp = f"{layer}.mlp"
             yield Piece(f"{layer}.input_layernorm.weight", block.attention_norm.weight, "vector")
-            yield from qkv_pieces(attention, block.qkv.kernel, "matrix", "weight")
-            if block.qkv.bias is not None:
-                yield from qkv_pieces(attention, block.qkv.bias, "vector", "bias")
-            if block.q_norm is not None and block.k_norm is not None:
-                yield Piece(f"{attention}.q_norm.weight", block.q_norm.weight, "vector")
-                yield Piece(f"{attention}.k_norm.weight", block.k_norm.weight, "vector")
-            yield Piece(f"{attention}.o_proj.weight", block.out.kernel, "matrix")
-            if block.out.bias is not None:
-                yield Piece(f"{attention}.o_proj.bias", block.out.bias, "vector")
+            yield from block.attention.pieces(f"{layer}.self_attn")
             yield Piece(f"{layer}.post_attention_layernorm.weight", block.mlp_norm.weight, "vector")
             yield from gated_pieces(mlp, block.mlp.gate_up.kernel, "matrix", "weight")
             yield Piece(f"{mlp}.down_proj.weight", block.mlp.down.kernel, "matrix")

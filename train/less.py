@@ -130,7 +130,7 @@ def _name(policy: Policy, model: Decoder, tokens: Int[Array, "B T"], settings: S
 
 def _output_matrix(block: Any) -> Float[Array, "I E"]:
     """What takes the heads' outputs to the residual stream; every block of `kvx.models` calls it `out`."""
-    return block.out.kernel[...]
+    return block.attention.out.kernel[...]
 
 
 @jax.jit

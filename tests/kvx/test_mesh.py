@@ -172,10 +172,10 @@ def test_stores_of_some_heads_are_split_by_rows_and_their_lists_of_heads_are_not
 
 def test_weights_are_split_by_the_names_of_their_axes():
     block = placed().blocks[0]
-    assert spec(block.qkv.kernel[...]) == PartitionSpec(None, "tensor")
-    assert spec(block.out.kernel[...]) == PartitionSpec("tensor")
+    assert spec(block.attention.qkv.kernel[...]) == PartitionSpec(None, "tensor")
+    assert spec(block.attention.out.kernel[...]) == PartitionSpec("tensor")
     assert spec(block.mlp.gate_up.kernel[...]) == PartitionSpec(None, None, "tensor")
-    assert spec(block.mlp_norm.weight[...]) == spec(block.frequencies[...]) == PartitionSpec()
+    assert spec(block.mlp_norm.weight[...]) == spec(block.attention.frequencies[...]) == PartitionSpec()
 
 
 def test_load_puts_a_checkpoint_on_the_mesh_where_a_prompt_then_goes_too(tmp_path):

@@ -48,11 +48,12 @@ def test_grouped_heads_equal_repeated_ones():
     grouped = random_model(LLAMA, seed=1)
     repeated = random_model(LLAMA | {"num_key_value_heads": 4}, seed=2)
     for ours, theirs in zip(grouped.blocks, repeated.blocks, strict=True):
-        kernel = ours.qkv.kernel[...]
+        kernel = ours.attention.qkv.kernel[...]
         q, k, v = kernel[:, :, :-2], kernel[:, :, -2], kernel[:, :, -1]
         split = jnp.stack([q.reshape(64, 4, 16), jnp.repeat(k, 2, axis=1), jnp.repeat(v, 2, axis=1)], axis=2)
-        theirs.qkv.kernel.set_value(split)
-        for name in ("attention_norm", "out", "mlp_norm", "mlp"):
+        theirs.attention.qkv.kernel.set_value(split)
+        theirs.attention.out = ours.attention.out
+        for name in ("attention_norm", "mlp_norm", "mlp"):
             setattr(theirs, name, getattr(ours, name))
     repeated.embedding, repeated.norm, repeated.head = grouped.embedding, grouped.norm, grouped.head
     difference = reference_forward(grouped, tokens()) - reference_forward(repeated, tokens())
@@ -133,12 +134,12 @@ def test_gradients_come_as_a_model_and_match_finite_differences():
 
     gradient = jax.jit(jax.grad(loss))(model)
     assert jax.tree.structure(gradient) == jax.tree.structure(model)
-    direction = gradient.blocks[0].qkv.kernel[...]
+    direction = gradient.blocks[0].attention.qkv.kernel[...]
     step = 1e-2 / jnp.linalg.norm(direction)
     ends = []
     for sign in (-1, 1):
         moved = jax.tree.map(lambda x: x, model)
-        moved.blocks[0].qkv.kernel.set_value(model.blocks[0].qkv.kernel[...] + sign * step * direction)
+        moved.blocks[0].attention.qkv.kernel.set_value(model.blocks[0].attention.qkv.kernel[...] + sign * step * direction)
         ends.append(loss(moved))
     slope = (ends[1] - ends[0]) / (2 * step)
     # A float32 difference of a loss near 6 keeps about two digits.
