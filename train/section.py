@@ -13,12 +13,12 @@ from kvx.errors import BadInput
 class Range:
     """Numbers from `low` to `high`; an open end excludes its number."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: int | float = -math.inf
+    high: int | float = math.inf
     open_low: bool = False
     open_high: bool = False
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: int | float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
 
