@@ -130,7 +130,7 @@ def log_probabilities(
 
 
 def hidden_loss(
-    student: Float[Array, "L B T E"], teacher: Float[Array, "L B T E"], counted: Bool[Array, "B T"]
+    student: Float[Array, "L B T E"], teacher: Float[Array, "M B T F"], counted: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """mean over layers, counted tokens and channels of (h_S - h_T)^2; no gradient goes into the teacher.
 

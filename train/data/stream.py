@@ -1,0 +1,143 @@
+"""Packed rows of documents as an iterator of batches that can say where it is, and go back there.
+
+Documents in an order by the seed, anew every epoch, are tokenised, laid end to end, and cut into rows: no padding, and
+no attention from one to another. Every process walks the same stream and takes its own rows of each batch. So a run
+does not depend on how many processes share it, it may go on with another number of them, and there is one state to
+keep; the price is that each process tokenises all, which pre-tokenised files avoid.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from kvx.errors import BadInput
+from kvx.train.batch import Batch
+from kvx.train.data.documents import Documents
+from kvx.train.data.encoding import Encoding
+
+THREADS = min(4, os.cpu_count() or 1)
+"""That read and tokenise; the `tokenizers` package works outside Python's lock."""
+
+AHEAD = 8
+"""Documents that each of them may be ahead."""
+
+
+class Stream:
+    """A `grain` pipeline's iterator, whose state JSON holds and which refuses that of another text.
+
+    Args:
+        pipeline: of this process's batches.
+        facts: what makes it the same stream: a state fits only where they are equal.
+    """
+
+    def __init__(self, pipeline: grain.IterDataset, facts: dict[str, Any]):
+        self._iterator = iter(pipeline)
+        self._facts = facts
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """This process's rows of the next batch."""
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where it is, between two batches, as JSON holds it."""
+        return {"facts": self._facts, "iterator": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go there.
+
+        Raises:
+            BadInput: a state of another text, or of other rows.
+        """
+        for name, mine in self._facts.items():
+            if state["facts"].get(name) != mine:
+                raise BadInput(
+                    f"the data's {name} is {mine!r}, and was {state['facts'].get(name)!r} when the state was kept; "
+                    f"allowed: the same text, rows and seed"
+                )
+        self._iterator.set_state(_tuples(state["iterator"]))
+
+
+def text_batches(
+    documents: Documents,
+    encoding: Encoding,
+    *,
+    sequence: int,
+    batch: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    share: int = 0,
+    shares: int = 1,
+    epochs: int | None = None,
+) -> Stream:
+    """Batches of packed rows.
+
+    Args:
+        documents: at least one of them not empty.
+        encoding: to token ids.
+        sequence: tokens of a row.
+        batch: rows of a batch, over all processes.
+        seed: of the order.
+        shuffle: False: documents as they come.
+        share, shares: which part of every batch's rows is this process's, and how many parts there are.
+        epochs: None: endless. The last batch of a finite stream is filled up with padding.
+
+    Raises:
+        BadInput: rows that the processes cannot share evenly.
+    """
+    if batch % shares:
+        raise BadInput(f"batch={batch} over {shares} processes; allowed: a multiple of them")
+    ordered = grain.MapDataset.source(documents)
+    if shuffle:
+        ordered = ordered.seed(seed).shuffle()
+    encoded = ordered.repeat(epochs).map(lambda record: {"tokens": encoding(record)})
+    filled = encoded.filter(lambda element: len(element["tokens"]) > 0)
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD * THREADS)
+    stream = filled.to_iter_dataset(options)
+    rows = grain.experimental.ConcatThenSplitIterDataset(stream, length_struct={"tokens": sequence})
+    facts = {"documents": len(documents), "sequence": sequence, "batch": batch, "seed": seed, "shuffle": shuffle}
+    return Stream(rows.batch(batch).map(_mine(batch, share, shares)), facts)
+
+
+def held_out_batches(
+    documents: Documents, encoding: Encoding, *, sequence: int, batch: int, tokens: int, share: int = 0, shares: int = 1
+) -> list[Batch]:
+    """The first batches of documents as they come, the same at every call.
+
+    Args:
+        tokens: to judge by, rounded up to a whole batch; fewer if there is no more text.
+    """
+    stream = text_batches(
+        documents, encoding, sequence=sequence, batch=batch, shuffle=False, share=share, shares=shares, epochs=1
+    )
+    count = -(-tokens // (batch * sequence))
+    return [found for _, found in zip(range(count), stream, strict=False)]
+
+
+def _mine(batch: int, share: int, shares: int) -> Callable[[dict[str, np.ndarray]], Batch]:
+    """A process's rows of a whole batch, filled up if it is the last of a finite stream."""
+    size = batch // shares
+
+    def cut(rows: dict[str, np.ndarray]) -> Batch:
+        def part(name: str) -> np.ndarray:
+            array = rows[name]
+            whole = np.pad(array, ((0, batch - len(array)), (0, 0)))
+            return whole[share * size : (share + 1) * size].astype(np.int32)
+
+        segments = part("tokens_segment_ids")
+        real = segments > 0
+        return Batch(part("tokens"), segments, np.where(real, part("tokens_positions"), -1), real)
+
+    return cut
+
+
+def _tuples(state: Any) -> Any:
+    """Lists of a state that went through JSON as the tuples they were, which its packing compares with."""
+    if isinstance(state, dict):
+        return {key: _tuples(value) for key, value in state.items()}
+    return tuple(map(_tuples, state)) if isinstance(state, list | tuple) else state

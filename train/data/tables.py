@@ -1,0 +1,65 @@
+"""A column of a Parquet or an Arrow file as documents; `pyarrow` is needed for these alone."""
+
+from pathlib import Path
+from typing import Any
+
+from kvx.errors import BadInput
+
+
+class Column:
+    """A column of an Arrow table, a row at a time."""
+
+    def __init__(self, column: Any):
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: int) -> str | list:
+        return self._column[index].as_py() or ""
+
+
+def read_column(path: Path, field: str) -> Column:
+    """The documents in a column.
+
+    Args:
+        path: .parquet, whose column is read into memory, or .arrow (a stream or a file), which is mapped.
+        field: the column: texts, or lists of messages.
+
+    Raises:
+        BadInput: `pyarrow` is missing, the file cannot be read, or has no such column.
+    """
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ModuleNotFoundError:
+        raise BadInput(f"{path} needs the package pyarrow; allowed: pip install 'kvx[train]'") from None
+    try:
+        if path.suffix.lower() == ".parquet":
+            file = parquet.ParquetFile(path)
+            _check(path, file.schema_arrow, field, arrow.types)
+            return Column(file.read(columns=[field]).column(field))
+        table = _mapped(path, arrow)
+        _check(path, table.schema, field, arrow.types)
+        return Column(table.column(field))
+    except (arrow.ArrowException, OSError) as error:
+        raise BadInput(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _mapped(path: Path, arrow: Any) -> Any:
+    """The table of an Arrow file: a stream, as Hugging Face writes it, or a file with a footer."""
+    source = arrow.memory_map(str(path))
+    try:
+        return arrow.ipc.open_stream(source).read_all()
+    except arrow.ArrowInvalid:
+        return arrow.ipc.open_file(source).read_all()
+
+
+def _check(path: Path, schema: Any, field: str, types: Any) -> None:
+    if field not in schema.names:
+        raise BadInput(f"{path} has the columns {sorted(schema.names)}; allowed: one of them is {field!r}")
+    kind = schema.field(field).type
+    if not any(
+        is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_list, types.is_large_list)
+    ):
+        raise BadInput(f"{path}: {field!r} is of type {kind}; allowed: texts, or lists of messages")
