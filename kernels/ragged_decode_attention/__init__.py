@@ -1,0 +1,207 @@
+"""Decode attention over KV heads of different lengths: runs of slots with offsets, or pages behind block tables.
+
+Per-head eviction then saves time as it saves memory: what is read is what is held.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvx.kernels.implementations import choose
+from kvx.kernels.merge_partials import Partial
+from kvx.kernels.ragged_decode_attention import mosaic_tpu, reference, triton, xla
+from kvx.kernels.ragged_decode_attention.reads import Reads, by_list, positions_by_list
+
+
+def ragged_decode_attention(
+    queries: Float[Array, "B G R T D"],
+    keys: Float[Array, "B N E"],
+    values: Float[Array, "B N V"] | None,
+    starts: Int[Array, "B G"],
+    lengths: Int[Array, "B G"],
+    query_positions: Int[Array, "B T"] | None = None,
+    key_positions: Int[Array, "B N"] | None = None,
+    *,
+    scale: float,
+    longest: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+    tuning: Any = None,
+) -> Partial:
+    """Partial softmax of each KV head over its own run of the row's slots (Ada-KV, Feng et al. 2024, flat storage).
+
+    Head g of row b reads slots starts[b, g] to starts[b, g] + lengths[b, g] - 1; runs may lie anywhere, and overlap.
+
+    Args:
+        queries: rotated, R query heads for each KV head, bfloat16 or float32.
+        keys: rotated, bfloat16 or float32; with the values behind them (E = D + V) if `values` is None: one row a slot,
+            which a TPU needs where D and V are not multiples of 128.
+        values: or None.
+        starts: first slot of each head's run.
+        lengths: slots of it; 0 gives (0, -inf).
+        query_positions: true positions; None where `key_positions` is.
+        key_positions: true positions, -1 where a slot is empty; None: every slot of a run is held and seen.
+        scale: of the logits.
+        longest: static bound on `lengths`; None: N.
+        window: sliding window in positions, or None.
+        softcap: logits become softcap tanh(logits / softcap), or None.
+        implementation: "reference", "xla", "mosaic_tpu", "triton"; None: the best that takes these arguments on the
+            platform compiled for.
+        tuning: the implementation's own `Tuning`, or None.
+
+    Returns:
+        out (B, G, R, T, V) and lse (B, G, R, T), float32.
+
+    Raises:
+        ValueError: arguments that do not belong together, or a named implementation that does not take them.
+    """
+    _check(queries, keys, values, query_positions, key_positions, window)
+    batch, rows, _ = keys.shape
+    longest = rows if longest is None else longest
+    if not 0 <= longest <= rows:
+        raise ValueError(f"longest is {longest}, allowed are 0 to the {rows} slots that a row has")
+    reads = Reads(
+        by_list(queries),
+        keys.reshape(batch * rows, -1),
+        None if values is None else values.reshape(batch * rows, -1),
+        lengths.reshape(-1),
+        (starts + rows * jnp.arange(batch, dtype=starts.dtype)[:, None]).reshape(-1),
+        None,
+        1,
+        longest,
+        _listed(query_positions, queries),
+        None if key_positions is None else key_positions.reshape(-1),
+    )
+    masking = {"scale": scale, "window": window, "softcap": softcap}
+    plain = partial(
+        xla.attend_runs,
+        queries,
+        keys,
+        values,
+        starts,
+        lengths,
+        _positions(query_positions, queries),
+        key_positions,
+        **masking,
+    )
+    return attend("ragged_decode_attention", reads, plain, queries.shape[:4], masking, implementation, tuning)
+
+
+def paged_decode_attention(
+    queries: Float[Array, "B G R T D"],
+    keys: Float[Array, "N p E"],
+    values: Float[Array, "N p V"] | None,
+    table: Int[Array, "B G P"],
+    lengths: Int[Array, "B G"],
+    query_positions: Int[Array, "B T"] | None = None,
+    key_positions: Int[Array, "N p"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+    tuning: Any = None,
+) -> Partial:
+    """Partial softmax of each KV head over the pages of its block table (PagedAttention, Kwon et al. 2023).
+
+    A page belongs to one KV head, so that heads may hold different tokens, and different numbers of them.
+
+    Args:
+        queries: as of `ragged_decode_attention`.
+        keys: N pages of p slots; joined with the values if those are None.
+        values: or None.
+        table: page of each p slots of a head, in order; arbitrary beyond its length.
+        lengths: slots of each head, at most P p; 0 gives (0, -inf).
+        query_positions, key_positions, scale, window, softcap, implementation, tuning: as there.
+
+    Returns:
+        out (B, G, R, T, V) and lse (B, G, R, T), float32.
+
+    Raises:
+        ValueError: arguments that do not belong together, or a named implementation that does not take them.
+    """
+    _check(queries, keys, values, query_positions, key_positions, window)
+    pages, page, _ = keys.shape
+    reads = Reads(
+        by_list(queries),
+        keys.reshape(pages * page, -1),
+        None if values is None else values.reshape(pages * page, -1),
+        lengths.reshape(-1),
+        None,
+        table.reshape(-1, table.shape[-1]),
+        page,
+        table.shape[-1] * page,
+        _listed(query_positions, queries),
+        None if key_positions is None else key_positions.reshape(-1),
+    )
+    masking = {"scale": scale, "window": window, "softcap": softcap}
+    plain = partial(
+        xla.attend_pages,
+        queries,
+        keys,
+        values,
+        table,
+        lengths,
+        _positions(query_positions, queries),
+        key_positions,
+        **masking,
+    )
+    return attend("paged_decode_attention", reads, plain, queries.shape[:4], masking, implementation, tuning)
+
+
+def attend(
+    operation: str,
+    reads: Reads,
+    plain: Any,
+    shape: tuple[int, ...],
+    masking: dict[str, Any],
+    implementation: str | None,
+    tuning: Any,
+) -> Partial:
+    """The chosen implementation of an operation that reads lists of rows; `plain` is its xla form, ready to be called.
+
+    `tuning` goes to the implementation whose it is; another has no use for it.
+    """
+    offered = {"reference": reference, "xla": None, "mosaic_tpu": mosaic_tpu, "triton": triton}
+
+    def refusal(name: str) -> str | None:
+        return offered[name].refusal(reads) if name in ("mosaic_tpu", "triton") else None  # type: ignore[union-attr]
+
+    def run(module: Any) -> Partial:
+        options = {"tuning": tuning} if isinstance(tuning, getattr(module, "Tuning", ())) else {}
+        part = module.attend(reads, **masking, **options)
+        return Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
+
+    functions = {name: plain if module is None else partial(run, module) for name, module in offered.items()}
+    return choose(operation, implementation, functions, refusal)()
+
+
+def _check(
+    queries: Array,
+    keys: Array,
+    values: Array | None,
+    query_positions: Array | None,
+    key_positions: Array | None,
+    window: int | None,
+) -> None:
+    dim, width = queries.shape[-1], keys.shape[-1]
+    if values is None and width <= dim:
+        raise ValueError(f"keys have {width} channels, without values allowed are more than the queries' {dim}")
+    if values is not None and width != dim:
+        raise ValueError(f"keys have {width} channels, allowed are the queries' {dim}")
+    if (query_positions is None) != (key_positions is None):
+        raise ValueError("query_positions and key_positions are given together or not at all, one of them is None")
+    if window is not None and key_positions is None:
+        raise ValueError(f"window is {window}, without positions allowed is None")
+
+
+def _positions(positions: Int[Array, "B T"] | None, queries: Float[Array, "B G R T D"]) -> Int[Array, "B T"]:
+    """Without positions, queries stand at 0, as every slot that is held does."""
+    return jnp.zeros((queries.shape[0], queries.shape[3]), jnp.int32) if positions is None else positions
+
+
+def _listed(positions: Int[Array, "B T"] | None, queries: Float[Array, "B G R T D"]) -> Int[Array, "L M"] | None:
+    return None if positions is None else positions_by_list(positions, *queries.shape[1:3])

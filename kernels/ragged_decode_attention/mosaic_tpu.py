@@ -1,0 +1,303 @@
+"""Attention over listed rows on a TPU: a step a list, whose blocks of rows are copied ahead into the other buffer.
+
+Pages are copied one by one, as many as a block has; of a run a block is one copy. While a list's last block is computed
+the first of the next list is already on its way, since heads of different length may be a block or two each.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
+
+from kvx.kernels.merge_partials import Partial
+from kvx.kernels.ragged_decode_attention.reads import Reads
+
+LOWEST = -1e30
+"""A finite stand-in for the logit of what is not seen: -inf - -inf is nan."""
+
+LANES = 128
+"""Channels of a row of memory: a narrower array is padded to it, by a copy of the whole cache at every call."""
+
+MOST_QUERIES = 1024
+"""Queries of a list: their logits of a block are held in the scratch memory that a kernel has by default."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the work is cut.
+
+    Attributes:
+        block: slots computed at a time; whole pages.
+    """
+
+    block: int = 512
+
+
+def refusal(reads: Reads) -> str | None:
+    """Why this implementation cannot take these arguments."""
+    if reads.keys.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"keys are {reads.keys.dtype}, allowed are bfloat16 and float32"
+    widths = (reads.keys.shape[1],) if reads.values is None else (reads.keys.shape[1], reads.values.shape[1])
+    for width in widths:
+        if width % LANES:
+            return (
+                f"a row has {width} channels, allowed are multiples of {LANES}; narrower keys and values go side by "
+                "side in one row, with values=None"
+            )
+    tile = _sublanes(reads)
+    if reads.table is None and (reads.keys.shape[0] % tile or reads.keys.shape[0] < tile):
+        return f"there are {reads.keys.shape[0]} rows, allowed are multiples of {tile}"
+    if reads.table is not None and reads.page % tile:
+        return f"a page has {reads.page} slots, allowed are multiples of {tile}"
+    if reads.queries.shape[1] > MOST_QUERIES:
+        return f"a KV head has {reads.queries.shape[1]} queries, allowed are at most {MOST_QUERIES}"
+    return None
+
+
+def attend(reads: Reads, scale: float, window: int | None, softcap: float | None, tuning: Tuning = Tuning()) -> Partial:
+    """out (L, M, V) and lse (L, M)."""
+    lists, many, dim = reads.queries.shape
+    width, joined = reads.keys.shape[1], reads.values is None
+    block = _block(reads, tuning)
+    queries = jnp.pad(reads.queries, ((0, 0), (0, 0), (0, width - dim))) if joined else reads.queries
+    queries = queries.astype(jnp.promote_types(queries.dtype, reads.keys.dtype))
+    halves = 2 if lists % 2 == 0 else 1
+    per_half = lists // halves
+    starts = jnp.zeros_like(reads.lengths) if reads.starts is None else reads.starts
+    value_width = width if joined else reads.value_dim
+
+    def this(half: Any, step: Any, *_: Any) -> tuple[Any, int, int]:
+        return half * per_half + step, 0, 0
+
+    def following(half: Any, step: Any, *_: Any) -> tuple[Any, int, int]:
+        return jnp.minimum(half * per_half + step + 1, lists - 1), 0, 0
+
+    def listed(array: Array, index: Any = this, space: Any = pltpu.VMEM) -> tuple[Array, pl.BlockSpec]:
+        return array, pl.BlockSpec((None, *array.shape[1:]), index, memory_space=space)
+
+    operands: dict[str, tuple[Array, pl.BlockSpec]] = {"queries": listed(queries)}
+    if reads.key_positions is not None and reads.query_positions is not None:
+        operands["query_positions"] = listed(reads.query_positions[..., None])
+        operands["key_positions"] = listed(_positions_by_column(reads, block)[:, None])
+    if reads.table is not None:
+        table = reads.table[:, None]
+        operands["table"] = listed(table, this, pltpu.SMEM)
+        operands["next_table"] = listed(table, following, pltpu.SMEM)
+    for name, array in (("keys", reads.keys), ("values", reads.values)):
+        if array is not None:
+            shape = (-1, reads.page, array.shape[1]) if reads.table is not None else array.shape
+            operands[name] = (array.reshape(shape), pl.BlockSpec(memory_space=pltpu.HBM))
+    buffers = [
+        pltpu.VMEM((2, block // reads.page, reads.page, array.shape[1]), array.dtype)
+        if reads.table is not None
+        else pltpu.VMEM((2, block, array.shape[1]), array.dtype)
+        for array in (reads.keys, reads.values)
+        if array is not None
+    ]
+    body = partial(
+        _attend,
+        names=tuple(operands),
+        per_half=per_half,
+        page=reads.page,
+        rows=reads.keys.shape[0],
+        block=block,
+        tile=_sublanes(reads),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+    out, lse = pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(halves, per_half),
+            in_specs=[spec for _, spec in operands.values()],
+            out_specs=(
+                pl.BlockSpec((None, many, value_width), this),
+                pl.BlockSpec((None, many, 1), this),
+            ),
+            scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2,)), pltpu.SMEM((1,), jnp.int32)],
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((lists, many, value_width), jnp.float32),
+            jax.ShapeDtypeStruct((lists, many, 1), jnp.float32),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="ragged_decode_attention",
+    )(reads.lengths, starts, *(array for array, _ in operands.values()))
+    return Partial(out[..., dim:] if joined else out, lse[..., 0])
+
+
+def _sublanes(reads: Reads) -> int:
+    """Rows of a tile of memory: copies start and end at its edges."""
+    return 8 * 4 // reads.keys.dtype.itemsize
+
+
+def _block(reads: Reads, tuning: Tuning) -> int:
+    """Slots computed at a time: whole pages, or no more rows than there are."""
+    if reads.table is not None:
+        return max(min(tuning.block, -(-reads.longest // reads.page) * reads.page) // reads.page, 1) * reads.page
+    tile = _sublanes(reads)
+    return min(tuning.block, -(-(reads.longest + tile) // tile) * tile, reads.keys.shape[0])
+
+
+def _first_row(start: Any, step: Any, block: int, tile: int, rows: int) -> Any:
+    """First row of a block of a run: at a tile's edge at or before it, and never so late that it ends past the last."""
+    return jnp.minimum(start // tile * tile + step * block, rows - block)
+
+
+def _positions_by_column(reads: Reads, block: int) -> Int[Array, "L C"]:
+    """True positions of what the columns of a list's blocks hold."""
+    blocks = -(-(reads.longest + (_sublanes(reads) if reads.table is None else 0)) // block)
+    if reads.table is not None:
+        slots = jnp.broadcast_to(jnp.arange(blocks * block), (len(reads.lengths), blocks * block))
+        return reads.key_positions[reads.rows(slots)]  # type: ignore[index]
+    steps = jnp.arange(blocks)
+    first = _first_row(reads.starts[:, None], steps, block, _sublanes(reads), reads.keys.shape[0])  # type: ignore[index]
+    return reads.key_positions[first[..., None] + jnp.arange(block)].reshape(len(reads.lengths), -1)  # type: ignore[index]
+
+
+def _attend(
+    lengths_ref: Any,
+    starts_ref: Any,
+    *refs: Any,
+    names: tuple[str, ...],
+    per_half: int,
+    page: int,
+    rows: int,
+    block: int,
+    tile: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    given = dict(zip(names, refs[: len(names)], strict=True))
+    out_ref, lse_ref, *buffers, arrived, turn_ref = refs[len(names) :]
+    sources = [given[name] for name in ("keys", "values") if name in given]
+    step = pl.program_id(1)
+    one = pl.program_id(0) * per_half + step
+    pages = block // page
+
+    def span(which: Any) -> Any:
+        """Rows from the first that is copied to the list's last."""
+        length = lengths_ref[which]
+        return length if "table" in given else jnp.where(length > 0, starts_ref[which] % tile + length, 0)
+
+    def blocks(which: Any) -> Any:
+        return pl.cdiv(span(which), block)
+
+    def each_copy(which: Any, turn: Any, slot: Any, table_ref: Any, act: Any) -> None:
+        """`act` on every copy of block `turn`; none for a block that the list does not have."""
+        if table_ref is None:
+
+            @pl.when(turn < blocks(which))
+            def _() -> None:
+                first = pl.multiple_of(_first_row(starts_ref[which], turn, block, tile, rows), tile)
+                for source, buffer in zip(sources, buffers, strict=True):
+                    act(pltpu.make_async_copy(source.at[pl.ds(first, block)], buffer.at[slot], arrived.at[slot]))
+
+            return
+        count = jnp.clip(pl.cdiv(lengths_ref[which], page) - turn * pages, 0, pages)
+
+        @pl.loop(0, count)
+        def _(index: Any) -> None:
+            number = table_ref[0, turn * pages + index]
+            for source, buffer in zip(sources, buffers, strict=True):
+                act(pltpu.make_async_copy(source.at[number], buffer.at[slot, index], arrived.at[slot]))
+
+    def start(which: Any, turn: Any, slot: Any, table_ref: Any) -> None:
+        each_copy(which, turn, slot, table_ref, lambda copy: copy.start())
+
+    table_ref, next_table_ref = given.get("table"), given.get("next_table")
+
+    @pl.when(step == 0)
+    def _() -> None:
+        turn_ref[0] = 0
+        start(one, 0, 0, table_ref)
+
+    base, turns = turn_ref[0], blocks(one)
+
+    def start_following(slot: Any) -> None:
+        @pl.when(step + 1 < per_half)
+        def _() -> None:
+            start(one + 1, 0, slot, next_table_ref)
+
+    @pl.when(turns == 0)
+    def _() -> None:
+        start_following(base)
+
+    queries = given["queries"][...]
+
+    def loop(turn: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        slot = (base + turn) % 2
+
+        @pl.when(turn + 1 < turns)
+        def _() -> None:
+            start(one, turn + 1, 1 - slot, table_ref)
+
+        @pl.when(turn + 1 == turns)
+        def _() -> None:
+            start_following(1 - slot)
+
+        each_copy(one, turn, slot, table_ref, lambda copy: copy.wait())
+        keys = buffers[0][slot].reshape(block, -1)
+        values = buffers[-1][slot].reshape(block, -1)
+        if table_ref is None:
+            first = _first_row(starts_ref[one], turn, block, tile, rows) - starts_ref[one]
+            done = jnp.where(turn > 0, turn * block - starts_ref[one] % tile, 0)
+        else:
+            first, done = turn * block, 0
+
+        def held(shape: tuple[int, int], axis: int) -> Any:
+            """Slots of this list; a block that was moved to end at the last row brings some again."""
+            slots = first + lax.broadcasted_iota(jnp.int32, shape, axis)
+            return (slots >= done) & (slots < lengths_ref[one])
+
+        seen = held((queries.shape[0], block), 1)
+        logits = scale * _dot(queries, keys, 1)
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+        if "key_positions" in given:
+            here = given["key_positions"][:, pl.ds(pl.multiple_of(turn * block, LANES), block)]
+            of_queries = given["query_positions"][...]
+            seen = seen & (here >= 0) & (here <= of_queries)
+            if window is not None:
+                seen = seen & (of_queries - here < window)
+        # What a buffer holds beyond the list may be anything, and 0 * nan is nan.
+        values = jnp.where(held(values.shape, 0), values, jnp.zeros_like(values))
+        top, total, mean = carry
+        logits = jnp.where(seen, logits, LOWEST)
+        higher = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
+        weights = jnp.where(seen, jnp.exp(logits - higher), 0.0)
+        kept = jnp.exp(top - higher)
+        mean = mean * kept + _dot(weights.astype(values.dtype), values, 0)
+        return higher, total * kept + jnp.sum(weights, axis=1, keepdims=True), mean
+
+    many = queries.shape[0]
+    nothing = (
+        jnp.full((many, 1), LOWEST, jnp.float32),
+        jnp.zeros((many, 1), jnp.float32),
+        jnp.zeros(out_ref.shape, jnp.float32),
+    )
+    top, total, mean = lax.fori_loop(0, turns, loop, nothing)
+    turn_ref[0] = (base + turns) % 2
+    divisor = jnp.where(total > 0, total, 1.0)
+    out_ref[...] = mean / divisor
+    lse_ref[...] = jnp.where(total > 0, top + jnp.log(divisor), -jnp.inf)
+
+
+def _dot(left: Any, right: Any, contract: int) -> Any:
+    """left (m, k) times right, contracted over its axis `contract`, float32."""
+    exact = lax.Precision.HIGHEST if right.dtype == jnp.float32 else lax.Precision.DEFAULT
+    if left.dtype != right.dtype:
+        dtype = jnp.promote_types(left.dtype, right.dtype)
+        left, right = left.astype(dtype), right.astype(dtype)
+        exact = lax.Precision.HIGHEST
+    dims = (((1,), (contract,)), ((), ()))
+    return lax.dot_general(left, right, dims, precision=exact, preferred_element_type=jnp.float32)
