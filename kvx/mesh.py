@@ -6,6 +6,7 @@ the layer loop mixes rows, and only a model's output projections mix heads, so a
 """
 
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, TypeVar
 
 import jax
@@ -17,10 +18,13 @@ from kvx.errors import BadInput
 
 Tree = TypeVar("Tree")
 
+MeshAxis = str | tuple[str, ...] | None
+"""Where a logical axis lies: on a mesh axis, on several at once, or on none."""
+
 
 @dataclass(frozen=True)
 class Rules:
-    """For each logical axis, the mesh axis it is split over; None: every device holds all of it.
+    """For each logical axis, the mesh axis (or axes, the first one slowest) it is split over; None: held whole.
 
     A mesh need not have every axis named here, and an array's axis that a mesh axis does not divide (three KV heads on
     two devices) is held whole: placement never changes a result, only where its bytes are.
@@ -31,21 +35,29 @@ class Rules:
         heads: the outputs of all query heads in one axis.
         mlp: hidden units of the MLP.
         vocabulary: tokens, in the embedding and in the logits.
-        embed: the model's width.
+        embed: the model's width, in weights.
+        sequence: tokens of a row, in activations between the layers.
+        attention_heads: KV heads while they attend, when every row has to be whole.
     """
 
-    rows: str | None = "data"
-    kv_heads: str | None = "tensor"
-    heads: str | None = "tensor"
-    mlp: str | None = "tensor"
-    vocabulary: str | None = "tensor"
-    embed: str | None = None
+    rows: MeshAxis = "data"
+    kv_heads: MeshAxis = "tensor"
+    heads: MeshAxis = "tensor"
+    mlp: MeshAxis = "tensor"
+    vocabulary: MeshAxis = "tensor"
+    embed: MeshAxis = None
+    sequence: MeshAxis = None
+    attention_heads: MeshAxis = "tensor"
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Mesh axes of a logical axis."""
+        found = getattr(self, name)
+        return (found,) if isinstance(found, str) else tuple(found or ())
 
     @property
     def mesh_axes(self) -> set[str]:
         """Mesh axes that any rule names."""
-        named = (getattr(self, field.name) for field in fields(self))
-        return {axis for axis in named if axis is not None}
+        return {axis for field in fields(self) for axis in self.axes(field.name)}
 
 
 RULES = Rules()
@@ -68,17 +80,24 @@ class Placement:
             memory: a memory kind of the devices; None: the usual one.
         """
         used: set[str] = set()
-        entries: list[str | None] = []
+        entries: list[MeshAxis] = []
         for size, name in zip(shape, axes, strict=False):
-            axis = None if name is None else getattr(self.rules, name)
-            # Two axes of one array cannot lie on one mesh axis: the first has it.
-            fits = axis in self.mesh.shape and axis not in used and size % self.mesh.shape[axis] == 0
-            entries.append(axis if fits else None)
-            if fits and axis is not None:
-                used.add(axis)
+            split = self._split(size, () if name is None else self.rules.axes(name), used)
+            used.update(split)
+            entries.append(split if len(split) > 1 else next(iter(split), None))
         while entries and entries[-1] is None:
             entries.pop()
         return NamedSharding(self.mesh, PartitionSpec(*entries), memory_kind=memory)
+
+    def _split(self, size: int, wanted: tuple[str, ...], used: set[str]) -> tuple[str, ...]:
+        """Those of the wanted mesh axes that can split an array's axis of this size together, the first ones first."""
+        split: tuple[str, ...] = ()
+        for axis in wanted:
+            # Two axes of one array cannot lie on one mesh axis: the first has it.
+            free = axis in self.mesh.shape and axis not in used
+            if free and size % prod(self.mesh.shape[each] for each in (*split, axis)) == 0:
+                split = (*split, axis)
+        return split
 
     def put(self, array: Any, axes: tuple[str | None, ...], memory: str | None = None) -> Any:
         """The array where it belongs: moved, constrained inside jit, or only described if it is a shape."""
@@ -109,15 +128,27 @@ def place_model(model: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     placement = Placement(automatic, rules)
 
+    placed = place_parameters(placement, model)
+    placed.placement = placement
+    return placed
+
+
+def place_parameters(placement: Placement | None, module: Tree) -> Tree:
+    """A module, or a part of one, with every variable where the names of its axes put it; as it is without a placement.
+
+    Args:
+        module: holds arrays, tracers or shapes; what names no axes is held whole.
+    """
+    if placement is None:
+        return module
+
     def put(variable: Any) -> Any:
         if not isinstance(variable, nnx.Variable):
             return placement.put(variable, ())
         axes = variable.get_metadata().get("axes", ())
         return variable.replace(placement.put(variable.get_value(), axes))
 
-    placed = jax.tree.map(put, model, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    placed.placement = placement
-    return placed
+    return jax.tree.map(put, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def placement_of(model: Any) -> Placement | None:

@@ -1,0 +1,117 @@
+"""Claims about runs that end early: killed, told to stop, or diverging, and what a resumed run then does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kvx.errors import BadInput
+from kvx.train.loop import Diverged
+from kvx.train.metrics import FILE, read
+from kvx.train.step import abstract
+from tests.train.tiny_runs import mesh, one_device, trainer
+
+ROOT = Path(__file__).parents[2]
+STEPS = 24
+
+
+def losses(folder):
+    """Every step's numbers, but how fast it was."""
+    return [line for line in read(folder / FILE) if "loss" in line or "held_out" in line]
+
+
+def process(folder, *options, devices=1):
+    """A run in a process of its own."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.train.tiny_runs", str(folder), str(STEPS), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def until(condition, run, seconds=180):
+    """Wait for a condition while a process runs."""
+    end = time.monotonic() + seconds
+    while not condition() and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition(), run.communicate()
+
+
+def written(folder):
+    return len(losses(folder)) if (folder / FILE).exists() else 0
+
+
+def test_a_run_that_stopped_goes_on_bit_for_bit_and_also_on_another_mesh(tmp_path):
+    """Stopped by its time limit after the first step; then resumed on one device, and on eight to rounding."""
+    whole = trainer(tmp_path / "whole", 8, placement=one_device()).run()
+    assert whole.finished and whole.step == 8
+    halves = trainer(tmp_path / "halves", 8, placement=one_device())
+    halves.seconds = 0.0
+    first = halves.run()
+    assert not first.finished and first.step == 1
+    second = trainer(tmp_path / "halves", 8, placement=one_device())
+    second.steps = 8
+    outcome = second.run(resume=True)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    same = jax.tree.map(np.array_equal, whole.student, outcome.student)
+    assert all(jax.tree.leaves(same))
+    again = trainer(tmp_path / "whole", 8, placement=mesh(data=4, tensor=2)).run(resume=True)
+    assert again.step == 8 and again.held_out == whole.held_out
+
+
+def test_a_new_run_does_not_write_over_checkpoints(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000004" / "manifest.json").write_text("")
+    with pytest.raises(BadInput, match="holds checkpoints; allowed: resume=True, or another folder"):
+        trainer(tmp_path, 8, placement=one_device()).run()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
+    run = trainer(tmp_path, 40, placement=one_device(), every=2, learning_rate=1e30, clip=None, warmup=4)
+    with pytest.raises(Diverged, match=r"(loss|gradient_norm)=(nan|inf) at step \d+; allowed: a finite number"):
+        run.run()
+    for step in run.checkpoints.steps():
+        state, frozen = run.step.begin(run.frame.arrays(run.student))
+        (state, _), _, _ = run.checkpoints.restore(step, abstract((state, frozen)))
+        assert all(np.isfinite(array).all() for array in state.trained.values())
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
+    """kill -9 at five moments, some of them while a checkpoint is being written; every line equals the whole run's."""
+    whole = process(tmp_path / "whole", "every=3")
+    assert whole.wait(300) == 0, whole.communicate()
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        before = written(tmp_path / "killed")
+        run = process(tmp_path / "killed", "every=3", "seconds=0.05")
+        until(lambda seen=before: written(tmp_path / "killed") > min(seen, STEPS - 4) + 1, run)
+        time.sleep(random.uniform(0, 0.5))
+        run.kill()
+        run.wait()
+    last = process(tmp_path / "killed", "every=3")
+    out, error = last.communicate(timeout=300)
+    assert last.returncode == 0 and "finished True" in out, error
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_sigterm_writes_a_checkpoint_and_ends_cleanly(tmp_path):
+    run = process(tmp_path, "every=1000", "seconds=0.1")
+    until(lambda: written(tmp_path) > 3, run)
+    run.send_signal(signal.SIGTERM)
+    out, error = run.communicate(timeout=120)
+    assert run.returncode == 0, error
+    step = int(out.split("stopped at ")[1].split(",")[0])
+    assert "finished False" in out and 3 < step < STEPS
+    assert (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+    on = process(tmp_path, "every=1000")
+    assert on.wait(300) == 0, on.communicate()
+    assert [line["step"] for line in losses(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))

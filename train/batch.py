@@ -1,0 +1,32 @@
+"""A batch of text: rows of packed documents, as every pipeline yields them and every loss reads them."""
+
+from typing import Any
+
+from jaxtyping import Bool, Integer
+
+from kvx.pytree import pytree
+
+
+@pytree
+class Batch:
+    """Rows of tokens, perhaps cut into parts; arrays of numpy or of JAX.
+
+    Attributes:
+        tokens: ids.
+        segments: the document of each token, counted from 1 in every row; 0 is padding.
+        positions: within the document.
+        mask: tokens that are to be learned.
+    """
+
+    tokens: Integer[Any, "*parts B T"]
+    segments: Integer[Any, "*parts B T"]
+    positions: Integer[Any, "*parts B T"]
+    mask: Bool[Any, "*parts B T"]
+
+
+@pytree
+class Pairs:
+    """Answers to the same prompts, of which one is preferred; the mask covers the answers alone."""
+
+    chosen: Batch
+    rejected: Batch

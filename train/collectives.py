@@ -1,0 +1,88 @@
+"""What a compiled program sends between chips: collectives by kind, how often each runs, and the bytes that it yields."""
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "ragged-all-to-all")
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{\s*$")
+_OPERATION = re.compile(rf"= (\(?.*?\)?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation|async_computation)=%?([\w.-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one kind of collective, on one chip.
+
+    Attributes:
+        count: how many times one runs in a step, loops counted by their turns.
+        bytes: of the arrays that they yield, in all.
+    """
+
+    count: int
+    bytes: int
+
+
+def traffic(text: str) -> dict[str, Traffic]:
+    """Collectives of a program by kind.
+
+    Args:
+        text: `compiled.as_text()`. A loop whose number of turns the compiler did not state counts once.
+    """
+    entry, bodies = _computations(text)
+    counts: dict[str, int] = defaultdict(int)
+    total: dict[str, float] = defaultdict(float)
+    for name, times in _times(entry, bodies).items():
+        for line in bodies[name]:
+            if found := _OPERATION.search(line):
+                shape, kind, start = found.groups()
+                counts[kind] += times
+                total[kind] += times * _yielded(shape, bool(start))
+    return {kind: Traffic(counts[kind], round(total[kind])) for kind in sorted(counts)}
+
+
+def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+    entry, bodies, lines = "", {}, []
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            lines = bodies[found[2]] = []
+            entry = found[2] if found[1] else entry
+        elif line.strip() != "}":
+            lines.append(line)
+    return entry, bodies
+
+
+def _times(entry: str, bodies: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs, callers before the called."""
+    times: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, count: int) -> None:
+        times[name] += count
+        for line in bodies[name]:
+            turns = _TURNS.search(line)
+            inner = count * int(turns[1]) if turns and " while(" in line else count
+            called = _CALLED.findall(line)
+            if branches := _BRANCHES.search(line):
+                called += re.findall(r"[\w.-]+", branches[1])
+            for each in called:
+                if each in bodies:
+                    visit(each, inner)
+
+    visit(entry, 1)
+    return times
+
+
+def _yielded(shape: str, started: bool) -> float:
+    """Bytes of a result; a collective that was started lists its operands too, and the largest array is its result."""
+    found = ((BYTES.get(kind, 4), dims.split(",")) for kind, dims in _SHAPE.findall(shape))
+    sizes = [width * math.prod(int(size) for size in dims if size) for width, dims in found]
+    return max(sizes, default=0) if started else sum(sizes)

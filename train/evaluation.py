@@ -1,0 +1,58 @@
+"""Held-out cross-entropy of a student and its teacher along the way, nats per token."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from kvx.train.objective import text_loss
+from kvx.train.parameters import Arrays, Frame, cast
+from kvx.train.step import Step
+
+
+class HeldOut:
+    """Batches to judge by.
+
+    Args:
+        step: how both models lie and compute.
+        batches: this process's rows of each, the same at every evaluation.
+    """
+
+    def __init__(self, step: Step, batches: Sequence[Any]):
+        self._step, self._batches = step, batches
+        self._teacher: float | None = None
+
+    def student(self, arrays: Arrays) -> float:
+        """Of the student's arrays, computed in the dtype that it trains in."""
+        return self._mean(self._student, arrays)
+
+    def teacher(self, arrays: Arrays) -> float:
+        """Of the teacher, which does not change: computed once."""
+        if self._teacher is None:
+            self._teacher = self._mean(self._guide, arrays)
+        return self._teacher
+
+    @cached_property
+    def _placed(self) -> list[Any]:
+        return [self._step.place_batch(batch) for batch in self._batches]
+
+    @cached_property
+    def _student(self) -> Any:
+        step = self._step
+        return jax.jit(
+            lambda arrays, batch: self._sums(step.frame, cast(arrays, step.frame.parameters, step.dtype), batch)
+        )
+
+    @cached_property
+    def _guide(self) -> Any:
+        return jax.jit(lambda arrays, batch: self._sums(self._step.teacher, arrays, batch))
+
+    def _sums(self, frame: Frame, arrays: Arrays, batch: Any) -> tuple[Any, Any]:
+        mean, count = text_loss(self._step.model(frame, arrays), batch, self._step.placement)
+        return mean * count, count
+
+    def _mean(self, sums: Any, arrays: Arrays) -> float:
+        found = [sums(arrays, batch) for batch in self._placed]
+        return math.fsum(float(total) for total, _ in found) / math.fsum(float(count) for _, count in found)

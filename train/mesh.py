@@ -1,0 +1,137 @@
+"""The mesh of a training run: its four axes, which arrays lie along which of them, and the processes that make it up.
+
+The rules are one table (`kvx.mesh.Rules`) for parameters, their optimizer state, activations and caches. Along "data"
+and "fsdp" every device has rows of its own; along "fsdp" it also holds a share of every parameter, gathered layer by
+layer as it is needed (Rajbhandari et al. 2020, ZeRO stage 3); along "tensor" a share of every layer's heads and hidden
+units (Shoeybi et al. 2019); along "sequence" a share of every row's tokens, exchanged for heads while they attend
+(Jacobs et al. 2023, DeepSpeed-Ulysses).
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from kvx.errors import BadInput
+from kvx.mesh import Placement, Rules
+from kvx.train.job import MeshSection
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+TRAINING = Rules(
+    rows=("data", "fsdp"),
+    kv_heads="tensor",
+    heads="tensor",
+    mlp="tensor",
+    vocabulary="tensor",
+    embed="fsdp",
+    sequence="sequence",
+    attention_heads=("tensor", "sequence"),
+)
+"""Where everything of a training run lies."""
+
+ALONG_ROWS = MeshSection()
+"""All devices along "data"."""
+
+GATHERED = replace(TRAINING, embed=None)
+"""Where a layer's weights lie while it computes."""
+
+
+def make_placement(section: MeshSection = ALONG_ROWS, devices: Sequence[Any] | None = None) -> Placement:
+    """The mesh of a job with the rules of training.
+
+    Args:
+        section: sizes of the axes.
+        devices: None: all there are, of all processes.
+
+    Raises:
+        BadInput: axes that do not make up the devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    sizes = section.sizes(len(found))
+    shape = tuple(sizes[axis] for axis in AXES)
+    # A real machine's devices are ordered so that the fastest-changing axes are neighbours on its network.
+    if devices is None and jax.process_count() == 1 and found[0].platform != "cpu":
+        return Placement(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)), TRAINING)
+    return Placement(Mesh(np.array(found).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)), TRAINING)
+
+
+def check_batch(placement: Placement, rows: int, parts: int, tokens: int) -> None:
+    """Refuse a batch that the mesh does not divide, before anything is loaded or compiled.
+
+    Args:
+        rows: sequences of a step.
+        parts: that a step's batch is cut into, one after the other.
+        tokens: of a row.
+
+    Raises:
+        BadInput: rows of a part that the devices along "data" and "fsdp" do not share, or tokens that those along
+            "sequence" do not.
+    """
+    shape = placement.mesh.shape
+    copies = shape["data"] * shape["fsdp"]
+    if rows % (parts * copies):
+        raise BadInput(
+            f"batch={rows} with accumulate={parts}; allowed: a multiple of {parts * copies}, since the mesh has "
+            f"data={shape['data']} and fsdp={shape['fsdp']}"
+        )
+    if tokens % shape["sequence"]:
+        raise BadInput(f"sequence={tokens} tokens; allowed: a multiple of sequence={shape['sequence']} of the mesh")
+
+
+def row_share(placement: Placement) -> tuple[int, int]:
+    """Which share of a batch's rows this process has to bring, and how many shares there are.
+
+    Processes that hold other heads or tokens of the same rows bring the same rows.
+    """
+    shape = placement.mesh.shape
+    by_rows = placement.mesh.devices.reshape(shape["data"] * shape["fsdp"], -1)
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(by_rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    mine = tuple(sorted(held[jax.process_index()]))
+    return shares.index(mine), len(shares)
+
+
+def join_processes(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Join the other processes of a run; alone if neither arguments nor environment name any.
+
+    Args:
+        coordinator: address:port of process 0; None: JAX_COORDINATOR_ADDRESS of the environment.
+        processes: their number; None: JAX_NUM_PROCESSES.
+        process: which this is; None: JAX_PROCESS_ID. Where a cluster's own environment says (TPU pods, Slurm), all three
+            may stay None: set JAX_COORDINATOR_ADDRESS=auto.
+
+    Raises:
+        BadInput: some of the three without the others.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = _number("NUM_PROCESSES") if processes is None else processes
+    process = _number("PROCESS_ID") if process is None else process
+    if coordinator is None and processes is None and process is None:
+        return
+    if coordinator == "auto":
+        # JAX reads the same variable, and would take the word for an address.
+        os.environ.pop("JAX_COORDINATOR_ADDRESS", None)
+        jax.distributed.initialize()
+        return
+    if coordinator is None or processes is None or process is None:
+        raise BadInput(
+            f"coordinator={coordinator}, processes={processes}, process={process}; allowed: all three, or none of them"
+        )
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(f"JAX_{variable}")
+    if text is None:
+        return None
+    if not text.isdigit():
+        raise BadInput(f"JAX_{variable}={text!r}; allowed: an integer of at least 0")
+    return int(text)
