@@ -149,7 +149,7 @@ def _block(reads: Reads, tuning: Tuning) -> int:
 
 def _first_row(start: Any, step: Any, block: int, tile: int, rows: int) -> Any:
     """First row of a block of a run: at a tile's edge at or before it, and never so late that it ends past the last."""
-    return jnp.minimum(start // tile * tile + step * block, rows - block)
+    return jnp.minimum(start - lax.rem(start, jnp.int32(tile)) + step * block, rows - block)
 
 
 def _positions_by_column(reads: Reads, block: int) -> Int[Array, "L C"]:
@@ -184,10 +184,13 @@ def _attend(
     one = pl.program_id(0) * per_half + step
     pages = block // page
 
+    def past_edge(which: Any) -> Any:
+        return lax.rem(starts_ref[which], jnp.int32(tile))
+
     def span(which: Any) -> Any:
         """Rows from the first that is copied to the list's last."""
         length = lengths_ref[which]
-        return length if "table" in given else jnp.where(length > 0, starts_ref[which] % tile + length, 0)
+        return length if "table" in given else jnp.where(length > 0, past_edge(which) + length, 0)
 
     def blocks(which: Any) -> Any:
         return pl.cdiv(span(which), block)
@@ -235,7 +238,7 @@ def _attend(
     queries = given["queries"][...]
 
     def loop(turn: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        slot = (base + turn) % 2
+        slot = lax.rem(base + turn, 2)
 
         @pl.when(turn + 1 < turns)
         def _() -> None:
@@ -250,7 +253,7 @@ def _attend(
         values = buffers[-1][slot].reshape(block, -1)
         if table_ref is None:
             first = _first_row(starts_ref[one], turn, block, tile, rows) - starts_ref[one]
-            done = jnp.where(turn > 0, turn * block - starts_ref[one] % tile, 0)
+            done = jnp.where(turn > 0, turn * block - past_edge(one), 0)
         else:
             first, done = turn * block, 0
 
@@ -286,7 +289,7 @@ def _attend(
         jnp.zeros(out_ref.shape, jnp.float32),
     )
     top, total, mean = lax.fori_loop(0, turns, loop, nothing)
-    turn_ref[0] = (base + turns) % 2
+    turn_ref[0] = lax.rem(base + turns, 2)
     divisor = jnp.where(total > 0, total, 1.0)
     out_ref[...] = mean / divisor
     lse_ref[...] = jnp.where(total > 0, top + jnp.log(divisor), -jnp.inf)
