@@ -25,6 +25,7 @@ class CacheBuilder:
     def __init__(self, policy: Policy, specs: list[Spec], wanted: int, dtype: Any, placement: Placement | None):
         self.wanted = jnp.int32(wanted)  # data, unlike the room it is rounded up to: it compiles nothing
         self.specs, self.dtype, self.placement = specs, dtype, placement
+        policy.check([spec.attention for spec in specs])
         self.policies = [policy.at(layer, len(specs)) for layer in range(len(specs))]
         # Also refuses impossible budgets, before any work.
         layers = list(enumerate(zip(self.policies, specs, strict=True)))

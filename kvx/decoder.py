@@ -64,7 +64,7 @@ class Block(Protocol):
 
     @property
     def expanded(self) -> "Block":
-        """The same layer in the form that is cheapest over a whole text of which nothing is cached; often itself."""
+        """The same layer in the form for whole texts, with keys and values of its heads; asked of latent layers."""
         ...
 
     def project(

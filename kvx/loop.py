@@ -33,7 +33,7 @@ def project(block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"]
     return query, tokens
 
 
-@partial(jax.jit, static_argnames=("requests", "rotated", "renumber", "expanded"))
+@partial(jax.jit, static_argnames=("requests", "rotated", "renumber"))
 def attend(
     block: Block,
     x: Float[Array, "B T E"],
@@ -47,7 +47,6 @@ def attend(
     lengths: Int[Array, "B"] | None = None,
     marks: Mapping[str, Int[Array, "B T"]] | None = None,
     visibility: Bool[Array, "N N"] | None = None,
-    expanded: bool = False,
 ) -> tuple[Float[Array, "B T E"], Tokens, Evidence]:
     """One layer over a prompt or a chunk of one: exact attention over the past tokens and the new ones.
 
@@ -63,12 +62,10 @@ def attend(
         marks: integers of the new tokens; those that were asked for travel in their statistics.
         segments: labels of the new tokens, if not all see each other.
         visibility: which label sees which; None: each its own, and SHARED.
-        expanded: in the layer's form for whole texts; its tokens are not those of a cache.
 
     Returns:
         The layer's output, its new tokens, and the evidence over past and new tokens in that order.
     """
-    block = block.expanded if expanded else block
     query, new = project(block, x, positions)
     new = marked(new, {name: mark for name, mark in (marks or {}).items() if name in requests.marks})
     everything = new.with_form(rotated) if past is None else concatenate(past, new.with_form(past.rotated))
@@ -78,18 +75,22 @@ def attend(
         queries = query.at(places[..., -positions.shape[1] :])
     else:
         keys, queries = everything.rotated_keys, query.rotated
+    form, operands = block, (queries, keys, everything.attended_values, positions, everything.positions)
+    apart = not any(column.pooled for column in requests.columns)  # those are means over the heads that share a key
+    if block.spec.latent and past is None and not renumber and apart:
+        # Over a whole text, keys and values of every head are cheaper to attend than the wide rows that a cache keeps.
+        form = block.expanded
+        whole, its = project(form, x, positions)
+        operands = (whole.rotated, its.rotated_keys, its.attended_values, positions, its.positions)
     out, _, columns = prefill_attention(
-        queries,
-        keys,
-        everything.attended_values,
-        positions,
-        everything.positions,
+        *operands,
         columns=tuple(sorted(requests.columns)),
         lengths=lengths,
         segments=None if segments is None else (segments, segments),
         visibility=visibility,
         **query.masking,
     )
+    columns = {column: found.reshape(*queries.shape[:3], -1) for column, found in columns.items()}
     rows = None
     if requests.rows:
         assert segments is None, "rows of probabilities are of tokens that all see each other"
@@ -101,7 +102,7 @@ def attend(
         peak = jnp.max(jnp.where(valid, jnp.abs(query.rotated.astype(jnp.float32)), 0.0), axis=(2, 3))
     seen = jnp.max(everything.positions, axis=(1, 2)) + 1
     evidence = Evidence(seen, rows, columns, peak, query.rotated if requests.queries else None)
-    return block.finish(x, to_heads(out).astype(x.dtype)), new.with_form(rotated), evidence
+    return form.finish(x, to_heads(out).astype(x.dtype)), new.with_form(rotated), evidence
 
 
 def marked(tokens: Tokens, marks: Mapping[str, Int[Array, "B T"]]) -> Tokens:
@@ -286,7 +287,7 @@ def forward(
     remat: bool | Callable[..., Any] = False,
     hidden: bool = False,
 ) -> Float[Array, "B T N"] | tuple[Float[Array, "B T N"], list[Float[Array, "B T E"]]]:
-    """Plain causal pass without a cache, for training and perplexity; every layer in its form for whole texts.
+    """Plain causal pass without a cache, for training and perplexity.
 
     Args:
         segments: labels of packed documents, none of them `SHARED` (-1): a token attends to its own document only.
@@ -302,7 +303,7 @@ def forward(
         positions = _restarting(tokens.shape, segments)
 
     def through(block: Block, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        return attend(block, x, positions, segments=segments, expanded=True)[0]
+        return attend(block, x, positions, segments=segments)[0]
 
     if remat:
         through = jax.checkpoint(through, policy=None if remat is True else remat)

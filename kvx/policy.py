@@ -1,5 +1,6 @@
 """Policies: a tuple of stages (`kvx.stage`); a policy's behaviour is the fold over their hooks."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -12,6 +13,8 @@ from jaxtyping import Array, Bool, Int, Int8
 
 from kvx.buckets import round_up
 from kvx.context import Context, Layout, Spec
+from kvx.decoder import AttentionSpec
+from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree, static
@@ -45,6 +48,17 @@ class Policy:
         """The policy of one layer, without the stages that skip it."""
         stages = [stage.at(layer, layers) for stage in self.stages]
         return replace(self, stages=tuple(stage for stage in stages if stage is not None))
+
+    def check(self, layers: Sequence[AttentionSpec]) -> None:
+        """Refuse a model that one of the stages cannot serve.
+
+        Raises:
+            BadInput: with that stage's reason.
+        """
+        for stage in self.stages:
+            acting = {at: each for at, each in enumerate(layers) if stage.at(at, len(layers)) is not None}
+            if reason := stage.objection(acting):
+                raise BadInput(f"policy={self.text} {reason}")
 
     @property
     def bounded(self) -> bool:

@@ -7,8 +7,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvx.decoder import AttentionSpec
+from kvx.kernels.decode_attention import decode_attention
+from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree, static
 from kvx.rotary import Rotary
+from kvx.tokens import attended_values
 
 
 @pytree
@@ -48,6 +51,23 @@ class Query:
     def at(self, positions: Int[Array, "B G T"]) -> Float[Array, "B G R T D"]:
         """Rotated at positions of the store's choosing."""
         return self.rotary(self.raw, positions[:, :, None, :])
+
+    def attend(
+        self,
+        keys: Float[Array, "B G C D"],
+        values: Float[Array, "B G C V"],
+        slots: Int[Array, "B G C"],
+        rotated: Float[Array, "B G R T D"] | None = None,
+    ) -> Partial:
+        """Partial attention over slots of rotated keys at these true positions, -1 where empty.
+
+        Args:
+            values: of width 0 where channels of the keys are the values.
+            rotated: the queries as the store rotates them; None: at their true positions.
+        """
+        queries = self.rotated if rotated is None else rotated
+        values = attended_values(keys, values, self.rotary)
+        return decode_attention(queries, keys, values, self.positions, slots, **self.masking)
 
     @property
     def masking(self) -> dict:

@@ -5,6 +5,7 @@ follow the same selections. A stage refines the mask (`keep`), or says how what 
 stage that answers wins), or acts at each decode step (`before`, `read`, `step`).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int8, Shaped
 
 from kvx.context import Activations, Context, Layout, Spec
+from kvx.decoder import AttentionSpec
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.merge_partials import Partial
 from kvx.query import Query
@@ -37,6 +39,8 @@ class Stage:
         recalls: its state (`recall`) or a tier of its store holds what became of tokens that left, so that it must see
             all of them leave.
         undoes: of a stage that stores: the most new tokens its store appends together and takes back (`crop`).
+        values_apart: it codes, merges or moves values apart from keys, which latent attention does not have
+            (`AttentionSpec.latent`).
         narrows: its store has a narrower view of the same arrays to draft with (`narrow`).
         aligned: its layers have to hold the same tokens in the same slots, so that nothing that selects can precede it.
         unchained: it relies on positions or slots that no other stage knows of, so that nothing can be chained with it.
@@ -56,6 +60,7 @@ class Stage:
     recalls: bool = False
     aligned: bool = False
     unchained: bool = False
+    values_apart: bool = False
     by_kind: bool = False
     undoes: int = 0
     narrows: bool = False
@@ -76,6 +81,19 @@ class Stage:
     def at(self, layer: int, layers: int) -> "Stage | None":
         """This stage in one layer; None where it does not act."""
         return self
+
+    def objection(self, layers: Mapping[int, AttentionSpec]) -> str | None:
+        """Why it cannot serve a model, by the layers where it acts: what follows the policy's name; None: it can.
+
+        Asked before any work.
+        """
+        latent = [layer for layer, attention in layers.items() if attention.latent]
+        if not (self.values_apart and latent):
+            return None
+        return (
+            f"treats values apart from keys, but in layer {latent[0]} they are channels of them (latent attention); "
+            "allowed: policies that keep, drop or read whole tokens"
+        )
 
     def observe(self, prefill: bool) -> Requests:
         """The evidence this stage reads, at prefill or at a decode step."""

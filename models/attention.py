@@ -5,7 +5,7 @@ in some layers and another in the rest (`kvx.models.mla`), and neither the block
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from kvx.models.pieces import Piece, qkv_pieces
 from kvx.rotary import Rotary
 
 
+@runtime_checkable
 class Attention(Protocol):
     """The projections around one layer's attention; the attention itself is the layer loop's."""
 

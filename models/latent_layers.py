@@ -98,11 +98,19 @@ def _layer(index: int, entry: Any) -> LatentLayer:
     for name, field in known.items():
         if name not in widths and field.default is dataclasses.MISSING:
             raise BadInput(f"layer {index} of {SECTION} in config.json lacks {name}: expected a number")
-        if field.type is bool and not isinstance(widths.get(name, False), bool):
-            raise BadInput(f"{name}={widths[name]!r} of layer {index} of {SECTION} in config.json: expected a boolean")
+        if not _of_kind(field.type, widths.get(name, field.default)):
+            kind = getattr(field.type, "__name__", field.type)
+            raise BadInput(f"{name}={widths[name]!r} of layer {index} of {SECTION} in config.json: expected {kind}")
     if not isinstance(frequencies, list) or not all(_number(each) for each in frequencies) or not _number(magnitude):
         raise BadInput(f"layer {index} of {SECTION} in config.json: expected a list of frequencies, and a magnitude")
     return LatentLayer(LatentConfig(**widths), np.asarray(frequencies, np.float32), float(magnitude))
+
+
+def _of_kind(kind: Any, value: Any) -> bool:
+    """Whether a value of JSON is what a field of `LatentConfig` takes: a float may be written as an integer."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
 def _number(value: Any) -> bool:

@@ -175,7 +175,7 @@ class LatentAttention(nnx.Module):
         return self.out(values.reshape(*out.shape[:2], -1))
 
     def queries(self, x: Float[Array, "B T E"]) -> tuple[Float[Array, "B T H P"], Float[Array, "B T H N"]]:
-        """Every head's unrotated rotary channels, in the block that it reads and zero in the others; and its content."""
+        """Every head's unrotated rotary channels, in the block it reads and zero in the others; and its content."""
         c = self.config
         if self.q is not None:
             q = self.q(x)

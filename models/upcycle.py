@@ -34,9 +34,7 @@ class LatentWeights(NamedTuple):
     magnitude: float = 1.0
 
 
-def with_latent_attention(
-    model: Model, layers: Mapping[int, LatentWeights | tuple[LatentConfig, Mapping[str, Any], Any, float]]
-) -> Model:
+def with_latent_attention(model: Model, layers: Mapping[int, LatentWeights | tuple[Any, ...]]) -> Model:
     """A new model whose named layers have latent attention; the others, and all else, share the old one's arrays.
 
     Args:

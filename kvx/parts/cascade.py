@@ -1,5 +1,6 @@
 """The stage that shares a total over layers while the prefill climbs them: earlier layers are cut when one arrives."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvx.buckets import round_up
 from kvx.context import Context, Spec
+from kvx.decoder import AttentionSpec
 from kvx.evidence import Evidence, Requests
 from kvx.parts.amounts import Amount
 from kvx.parts.ranking import largest_remainder, top
@@ -73,6 +75,12 @@ class Cascade(Stage):
     def window(self) -> int:
         """Newest tokens that are always kept."""
         return self.score.window
+
+    def objection(self, layers: Mapping[int, AttentionSpec]) -> str | None:
+        widths = {(each.kv_heads, each.key_dim, each.latent or each.value_dim) for each in layers.values()}
+        if len(widths) > 1:
+            return "keeps all layers in one pool, but their tokens differ in width; allowed: models of layers alike"
+        return None
 
     def observe(self, prefill: bool) -> Requests:
         return self.score.observe(prefill)

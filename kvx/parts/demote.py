@@ -27,9 +27,11 @@ class Lower(Protocol):
 
     Class attributes:
         constant: the tier never grows, so that the whole cache is bounded if the first tier is.
+        values_apart: it codes values apart from keys; see `Stage.values_apart`.
     """
 
     constant: ClassVar[bool] = False
+    values_apart: ClassVar[bool] = False
 
     def observe(self, prefill: bool) -> Requests:
         """Evidence that `pack` reads."""
@@ -59,6 +61,7 @@ class LowBits(Lower):
 
     code: Code = static()
     balanced: bool = static(True)
+    values_apart: ClassVar[bool] = True
 
     def observe(self, prefill: bool) -> Requests:
         return Requests(query=prefill and self.balanced)
@@ -104,6 +107,10 @@ class Demote(Stage):
     @property
     def evicts(self) -> bool:
         return self.host.evicts and self.lower.constant
+
+    @property
+    def values_apart(self) -> bool:  # type: ignore[override]
+        return self.host.values_apart or self.lower.values_apart
 
     @property
     def recalls(self) -> bool:  # type: ignore[override]

@@ -155,6 +155,10 @@ class Evict(Stage):
         return self.losers.unchained
 
     @property
+    def values_apart(self) -> bool:  # type: ignore[override]
+        return self.losers.values_apart
+
+    @property
     def recalls(self) -> bool:  # type: ignore[override]
         return self.losers.recalls
 

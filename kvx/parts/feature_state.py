@@ -163,6 +163,7 @@ class Absorb(Losers):
     features: int = static(8)
     hidden: int = static(512)
     recalls: ClassVar[bool] = True
+    values_apart: ClassVar[bool] = True
 
     def check(self, spec: Spec) -> None:
         """Maps that are there, and of this model's shapes; no sliding window.

@@ -1,6 +1,6 @@
 """The stage of unlike heads: every KV head follows one of a few rules, by a map that is known beforehand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from kvx.context import Activations, Context, Spec
+from kvx.decoder import AttentionSpec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
 from kvx.policy import Layer, Policy
@@ -89,6 +90,10 @@ class HeadClasses(Stage):
     @property
     def rotated(self) -> bool:  # type: ignore[override]
         return all(rule.rotated for rule in self.rules)
+
+    def objection(self, layers: Mapping[int, AttentionSpec]) -> str | None:
+        reasons = (stage.objection(layers) for rule in self.rules for stage in rule.stages)
+        return next((reason for reason in reasons if reason), None)
 
     @property
     def recalls(self) -> bool:  # type: ignore[override]

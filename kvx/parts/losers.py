@@ -17,10 +17,12 @@ class Losers(Protocol):
 
     Class attributes:
         recalls: its state holds what became of them (`recall`).
+        values_apart: it merges values apart from keys; see `Stage.values_apart`.
         unchained: it writes into the store's slots itself; see `Stage.unchained`.
     """
 
     recalls: ClassVar[bool] = False
+    values_apart: ClassVar[bool] = False
     unchained: bool = False
 
     def check(self, spec: Spec) -> None:

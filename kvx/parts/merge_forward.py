@@ -43,6 +43,7 @@ class MergeForward(Losers):
     most: int = static(1)
     seed: int = static(0)
     unchained: ClassVar[bool] = True
+    values_apart: ClassVar[bool] = True
 
     def observe(self, prefill: bool) -> Requests:
         return Requests() if prefill else Requests(rows=1)

@@ -1,7 +1,7 @@
 """Merging: losers that resemble a survivor are taken up by it, the others are gone (grid 1, third column)."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class MergeNearest(Losers):
 
     alpha: float = static(0.5)
     weights: str = static("exp")
+    values_apart: ClassVar[bool] = True
 
     def settle(
         self,

@@ -39,6 +39,10 @@ class Nest(Stage):
     def acts(self) -> bool:  # type: ignore[override]
         return False
 
+    @property
+    def values_apart(self) -> bool:  # type: ignore[override]
+        return self.bits is not None
+
     def capacity(self, spec: Spec, layer: int) -> None:
         """No limit; refuses head dims that do not divide into groups and words.
 

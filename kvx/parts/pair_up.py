@@ -30,6 +30,7 @@ class PairUp(Stage):
     start: float = static(0.5)
     layer: int = static(LOWER)
     stores = True
+    values_apart = True
     aligned = True
 
     def at(self, layer: int, layers: int) -> "PairUp | None":

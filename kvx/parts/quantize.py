@@ -28,6 +28,10 @@ class Quantize(Stage):
     residual: int = static(128)
     stores = True
 
+    @property
+    def values_apart(self) -> bool:  # type: ignore[override]
+        return self.bits is not None
+
     def capacity(self, spec: Spec, layer: int) -> None:
         """No limit; refuses head dims that do not divide into groups and words.
 

@@ -34,6 +34,7 @@ class Shadowing(Stage):
     local: int = static(4)
     rotated = False
     stores = True
+    values_apart = True
     append_only = True
 
     def capacity(self, spec: Spec, layer: int) -> None:

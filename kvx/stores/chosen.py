@@ -14,6 +14,7 @@ from kvx.query import Query
 from kvx.stores.base import nbytes
 from kvx.stores.dense import Dense
 from kvx.stores.over_dense import OverDense
+from kvx.tokens import attended_values
 
 
 @pytree
@@ -53,7 +54,7 @@ class Chosen(OverDense):
         batch, heads, group, length, _ = query.raw.shape
         slots = self.inner.slots
         logits = slot_logits(query.rotated, self.inner.keys, query.positions, slots, **query.masking)
-        part = ungroup(partial_softmax(logits, self.inner.values), group)
+        part = ungroup(partial_softmax(logits, self.inner.tokens().attended_values), group)
         # As logarithms: a probability that is 0 in float32 still has its place in the order.
         lse = jnp.where(jnp.isfinite(part.lse), part.lse, 0.0)[..., None]
         scores = logits.reshape(batch, heads, group, length, -1) - lse
@@ -82,10 +83,11 @@ class Chosen(OverDense):
             return jnp.swapaxes(rows, 1, 2).reshape(batch * length, heads * sets, most, *array.shape[3:])
 
         index = index.reshape(batch * length, heads * sets, most)
+        keys = gathered(self.inner.keys)
         part = decode_attention(
             own.reshape(batch * length, heads * sets, group // sets, 1, dim),
-            gathered(self.inner.keys),
-            gathered(self.inner.values),
+            keys,
+            attended_values(keys, gathered(self.inner.values), query.rotary),
             query.positions.reshape(-1, 1),
             jnp.where(index >= 0, gathered(self.inner.slots), -1),
             **query.masking,

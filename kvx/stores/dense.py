@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.decode_attention import decode_probabilities
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree, static
 from kvx.query import Query
@@ -19,7 +19,8 @@ from kvx.tokens import Tokens
 class Dense:
     """Slots of full-precision keys and values. Slot order is not age order once slots are reused.
 
-    Bytes per slot and KV head: (D + V) * itemsize + 4 for the position + 4 for each statistic.
+    Bytes per slot and KV head: (D + V) * itemsize + 4 for the position + 4 for each statistic; of latent attention,
+    whose values are channels of its keys, V is 0.
     """
 
     keys: Float[Array, "B G C D"]
@@ -48,7 +49,7 @@ class Dense:
         )
 
     def read(self, query: Query) -> Partial:
-        return decode_attention(query.rotated, self.keys, self.values, query.positions, self.slots, **query.masking)
+        return query.attend(self.keys, self.values, self.slots)
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         return decode_probabilities(query.rotated, self.keys, query.positions, self.slots, lse, **query.masking)
@@ -99,7 +100,8 @@ class Dense:
         return self.slots
 
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
-        return self.tokens().rotated_keys, self.values, self.slots
+        tokens = self.tokens()
+        return tokens.rotated_keys, tokens.attended_values, self.slots
 
     def with_stats(self, stats: dict[str, Shaped[Array, "B G C"]]) -> "Dense":
         return replace(self, stats=stats)

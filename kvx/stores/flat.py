@@ -12,7 +12,7 @@ from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
 from kvx.stores.dense import empty_slots, scatter, weakest_several
-from kvx.tokens import Tokens
+from kvx.tokens import Tokens, attended_values
 
 
 @pytree
@@ -84,7 +84,7 @@ class Flat:
         )
 
     def read(self, query: Query) -> Partial:
-        part = partial_softmax(self._logits(query), self.values)
+        part = partial_softmax(self._logits(query), attended_values(self.keys, self.values, self.rotary))
         shape = query.raw.shape[:4]
         return Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
 
@@ -104,7 +104,7 @@ class Flat:
 
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
         tokens = self.tokens()
-        return tokens.keys, tokens.values, tokens.positions
+        return tokens.keys, tokens.attended_values, tokens.positions
 
     @property
     def stats(self) -> dict[str, Shaped[Array, "B G C"]]:

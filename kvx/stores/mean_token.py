@@ -11,7 +11,7 @@ from kvx.pytree import pytree
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
-from kvx.tokens import Tokens
+from kvx.tokens import Tokens, attended_values
 
 
 @pytree
@@ -72,7 +72,8 @@ class MeanSlot:
 
     def read(self, query: Query) -> Partial:
         lse = self._weights(query)
-        out = jnp.broadcast_to(self.value[:, :, None, None], (*lse.shape, self.value.shape[-1]))
+        value = attended_values(self.key, self.value, self.rotary)
+        out = jnp.broadcast_to(value[:, :, None, None], (*lse.shape, value.shape[-1]))
         return Partial(jnp.where(jnp.isfinite(lse)[..., None], out, 0.0), lse)
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
@@ -88,7 +89,7 @@ class MeanSlot:
 
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
         tokens = self.tokens()
-        return tokens.keys, tokens.values, tokens.positions
+        return tokens.keys, tokens.attended_values, tokens.positions
 
     @property
     def stats(self) -> dict[str, Shaped[Array, "B G C"]]:

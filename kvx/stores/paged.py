@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.decode_attention import decode_probabilities
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree, static
 from kvx.query import Query
@@ -74,7 +74,7 @@ class Paged(OverDense):
         index, chosen = self.choose(query)
         keys, values = (self._pages(array, index) for array in (self.inner.keys, self.inner.values))
         slots = self._chosen_slots(index, chosen)
-        return decode_attention(query.rotated, _merged(keys), _merged(values), query.positions, slots, **query.masking)
+        return query.attend(_merged(keys), _merged(values), slots)
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         index, chosen = self.choose(query)
@@ -122,12 +122,12 @@ class Paged(OverDense):
 
 def _paged(array: Array, page: int) -> Array:
     """(B, G, C, ...) as (B, G, P, page, ...)."""
-    return array.reshape(*array.shape[:2], -1, page, *array.shape[3:])
+    return array.reshape(*array.shape[:2], array.shape[2] // page, page, *array.shape[3:])
 
 
 def _merged(pages: Array) -> Array:
     """(B, G, N, page, ...) as (B, G, N * page, ...)."""
-    return pages.reshape(*pages.shape[:2], -1, *pages.shape[4:])
+    return pages.reshape(*pages.shape[:2], pages.shape[2] * pages.shape[3], *pages.shape[4:])
 
 
 def _bounds(

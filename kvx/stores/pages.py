@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.decode_attention import decode_probabilities
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree, static
 from kvx.query import Query
@@ -100,11 +100,9 @@ class Pages:
     def read(self, query: Query) -> Partial:
         def turn(step: Int[Array, ""], part: Partial) -> Partial:
             keys, values, slots = self._turn(step)
-            return merge_partials(
-                part, decode_attention(query.rotated, keys, values, query.positions, slots, **query.masking)
-            )
+            return merge_partials(part, query.attend(keys, values, slots))
 
-        shape = (*query.raw.shape[:4], self.values.shape[-1])
+        shape = (*query.raw.shape[:4], query.spec.value_dim)
         nothing = Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], -jnp.inf, jnp.float32))
         return jax.lax.fori_loop(0, self._turns(), turn, nothing)
 
@@ -133,7 +131,8 @@ class Pages:
         return self._positions(jnp.arange(self.table.shape[-1]))
 
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
-        return self._pages(jnp.arange(self.table.shape[-1]))
+        tokens = self.tokens()
+        return tokens.keys, tokens.attended_values, tokens.positions
 
     @property
     def stats(self) -> dict[str, Shaped[Array, "B G C"]]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.decode_attention import decode_probabilities
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.places import place
 from kvx.pytree import pytree, static
@@ -132,11 +132,9 @@ class Pooled:
     def read(self, query: Query) -> Partial:
         def step(block, part):
             keys, values, slots = self._block(block)
-            return merge_partials(
-                part, decode_attention(query.rotated, keys, values, query.positions, slots, **query.masking)
-            )
+            return merge_partials(part, query.attend(keys, values, slots))
 
-        shape = (*query.raw.shape[:4], self.pool.values.shape[-1])
+        shape = (*query.raw.shape[:4], query.spec.value_dim)
         nothing = Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], -jnp.inf, jnp.float32))
         return jax.lax.fori_loop(0, self._blocks(), step, nothing)
 
@@ -186,7 +184,7 @@ class Pooled:
 
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
         tokens = self.tokens()
-        return tokens.keys, tokens.values, tokens.positions
+        return tokens.keys, tokens.attended_values, tokens.positions
 
     @property
     def stats(self) -> dict[str, Shaped[Array, "B G C"]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.decode_attention import decode_probabilities
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree
 from kvx.query import Query
@@ -43,8 +43,7 @@ class Renumbered(OverDense):
 
     def read(self, query: Query) -> Partial:
         queries, keys = self._rotated(query)
-        inner = self.inner
-        return decode_attention(queries, keys, inner.values, query.positions, inner.slots, **query.masking)
+        return query.attend(keys, self.inner.values, self.inner.slots, rotated=queries)
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         queries, keys = self._rotated(query)
@@ -65,7 +64,7 @@ class Renumbered(OverDense):
         return replace(self, inner=self.inner.write_values(slots, values))
 
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
-        return self._turned(), self.inner.values, self.inner.slots
+        return self._turned(), self.inner.tokens().attended_values, self.inner.slots
 
     def _count(self) -> Int[Array, "B G"]:
         return jnp.sum(self.inner.slots >= 0, axis=-1, dtype=jnp.int32)

@@ -39,7 +39,7 @@ class Tempered(OverDense):
     scale: float = static()
 
     def read(self, query: Query) -> Partial:
-        return ungroup(partial_softmax(self._logits(query), self.inner.values), query.spec.group)
+        return ungroup(partial_softmax(self._logits(query), self.inner.tokens().attended_values), query.spec.group)
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         logits = self._logits(query)

@@ -98,7 +98,7 @@ class Tiers:
 
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
         tokens = self.tokens()
-        return tokens.rotated_keys, tokens.values, tokens.positions
+        return tokens.rotated_keys, tokens.attended_values, tokens.positions
 
     @property
     def stats(self) -> dict[str, Shaped[Array, "B G C"]]:
