@@ -22,7 +22,7 @@ Record = Any
 """A text, a list of messages, or a row of token ids."""
 
 
-class Documents:
+class Documents(Sequence[Record]):
     """The documents of several files as one sequence.
 
     Args:

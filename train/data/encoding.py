@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from kvx.errors import BadInput
 from kvx.models.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class Encoding:
             ids.append(self.end)
         return np.asarray(ids, np.int32)
 
-    def _known(self, ids: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    def _known(self, ids: Integer[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
             raise BadInput(f"token ids reach {int(ids.max())}; allowed: 0 to {self.vocabulary - 1}, the vocabulary")
         return ids.astype(np.int32)

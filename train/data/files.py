@@ -48,9 +48,7 @@ def _files(path: Path, name: str, known: Sequence[str]) -> list[Path]:
         return _of_dataset(path, name)
     found = sorted(file for file in path.rglob("*") if file.is_file() and suffix(file) in known)
     if not found:
-        raise BadInput(
-            f"{name} has {str(path)!r}, a folder without files of {', '.join(known)}; allowed: one with them"
-        )
+        raise BadInput(f"{name} has {str(path)!r}, a folder; allowed: one with files of {', '.join(known)}")
     return found
 
 

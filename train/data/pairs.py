@@ -12,7 +12,7 @@ from kvx.models.tokenizer import Tokenizer
 from kvx.train.batch import Batch, Pairs
 from kvx.train.data.documents import read_lines
 from kvx.train.data.files import LINES, expand
-from kvx.train.data.stream import Stream
+from kvx.train.data.stream import TOKENISING, Stream
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -77,7 +77,7 @@ def pair_batches(
         return Pairs(chosen, rejected)
 
     ordered = grain.MapDataset.source(pairs).seed(seed).shuffle().repeat()
-    pipeline = ordered.map(encode).batch(batch).map(mine).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    pipeline = ordered.map(encode).to_iter_dataset(TOKENISING).batch(batch).map(mine)
     facts = {"pairs": len(pairs), "sequence": sequence, "prompt": prompt, "batch": batch, "seed": seed}
     return Stream(pipeline, facts)
 

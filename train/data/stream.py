@@ -7,7 +7,7 @@ keep; the price is that each process tokenises all, which pre-tokenised files av
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -15,14 +15,13 @@ import numpy as np
 
 from kvx.errors import BadInput
 from kvx.train.batch import Batch
-from kvx.train.data.documents import Documents
 from kvx.train.data.encoding import Encoding
 
-THREADS = min(4, os.cpu_count() or 1)
-"""That read and tokenise; the `tokenizers` package works outside Python's lock."""
+TOKENISING = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=16)
+"""Threads that work ahead, since the `tokenizers` package does so outside Python's lock."""
 
-AHEAD = 8
-"""Documents that each of them may be ahead."""
+READING = grain.ReadOptions(num_threads=0)
+"""Of what is token ids already there is nothing to do ahead."""
 
 
 class Stream:
@@ -64,7 +63,7 @@ class Stream:
 
 
 def text_batches(
-    documents: Documents,
+    documents: Sequence[Any],
     encoding: Encoding,
     *,
     sequence: int,
@@ -97,15 +96,21 @@ def text_batches(
         ordered = ordered.seed(seed).shuffle()
     encoded = ordered.repeat(epochs).map(lambda record: {"tokens": encoding(record)})
     filled = encoded.filter(lambda element: len(element["tokens"]) > 0)
-    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD * THREADS)
-    stream = filled.to_iter_dataset(options)
+    stream = filled.to_iter_dataset(READING if encoding.tokenizer is None else TOKENISING)
     rows = grain.experimental.ConcatThenSplitIterDataset(stream, length_struct={"tokens": sequence})
     facts = {"documents": len(documents), "sequence": sequence, "batch": batch, "seed": seed, "shuffle": shuffle}
     return Stream(rows.batch(batch).map(_mine(batch, share, shares)), facts)
 
 
 def held_out_batches(
-    documents: Documents, encoding: Encoding, *, sequence: int, batch: int, tokens: int, share: int = 0, shares: int = 1
+    documents: Sequence[Any],
+    encoding: Encoding,
+    *,
+    sequence: int,
+    batch: int,
+    tokens: int,
+    share: int = 0,
+    shares: int = 1,
 ) -> list[Batch]:
     """The first batches of documents as they come, the same at every call.
 

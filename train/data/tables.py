@@ -1,12 +1,13 @@
 """A column of a Parquet or an Arrow file as documents; `pyarrow` is needed for these alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvx.errors import BadInput
 
 
-class Column:
+class Column(Sequence[str | list]):
     """A column of an Arrow table, a row at a time."""
 
     def __init__(self, column: Any):

@@ -1,16 +1,17 @@
 """Pre-tokenised text: a run of ids in a .npy or .bin file, mapped, cut into documents where one ends."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from kvx.errors import BadInput
 
 DTYPES = tuple(map(np.dtype, (np.uint16, np.uint32, np.int32, np.int64)))
 
 
-class TokenFile:
+class TokenFile(Sequence[np.ndarray]):
     """Token ids as documents that each end with a token of their own.
 
     Args:
@@ -18,7 +19,7 @@ class TokenFile:
         end: the token that ends each; None: it is one document.
     """
 
-    def __init__(self, tokens: Int[np.ndarray, "N"], end: int | None):
+    def __init__(self, tokens: Integer[np.ndarray, "N"], end: int | None):
         self._tokens = tokens
         found = np.zeros(0, np.int64) if end is None else np.flatnonzero(tokens == end) + 1
         # What follows the last end is a document too, cut short.
@@ -28,12 +29,12 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> Int[np.ndarray, "N"]:
+    def __getitem__(self, index: int) -> Integer[np.ndarray, "N"]:
         start = self._ends[index - 1] if index else 0
         return np.asarray(self._tokens[start : self._ends[index]])
 
 
-def map_tokens(path: Path, dtype: str) -> Int[np.ndarray, "N"]:
+def map_tokens(path: Path, dtype: str) -> Integer[np.ndarray, "N"]:
     """The ids of a file, not read before they are needed.
 
     Args:
@@ -54,7 +55,7 @@ def map_tokens(path: Path, dtype: str) -> Int[np.ndarray, "N"]:
     return tokens
 
 
-def _raw(path: Path, dtype: np.dtype) -> Int[np.ndarray, "N"]:
+def _raw(path: Path, dtype: np.dtype) -> Integer[np.ndarray, "N"]:
     size = path.stat().st_size
     if size % dtype.itemsize:
         raise BadInput(f"{path} has {size} bytes; allowed: a multiple of {dtype.itemsize}, for {dtype}")
