@@ -3,6 +3,7 @@
 Per-head eviction then saves time as it saves memory: what is read is what is held.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,7 @@ def ragged_decode_attention(
         key_positions,
         **masking,
     )
-    return attend("ragged_decode_attention", reads, plain, queries.shape[:4], masking, implementation, tuning)
+    return attend("ragged_decode_attention", reads, plain, _by_head(queries), masking, implementation, tuning)
 
 
 def paged_decode_attention(
@@ -149,21 +150,22 @@ def paged_decode_attention(
         key_positions,
         **masking,
     )
-    return attend("paged_decode_attention", reads, plain, queries.shape[:4], masking, implementation, tuning)
+    return attend("paged_decode_attention", reads, plain, _by_head(queries), masking, implementation, tuning)
 
 
 def attend(
     operation: str,
     reads: Reads,
     plain: Any,
-    shape: tuple[int, ...],
+    finish: Callable[[Partial], Partial],
     masking: dict[str, Any],
     implementation: str | None,
     tuning: Any,
 ) -> Partial:
-    """The chosen implementation of an operation that reads lists of rows; `plain` is its xla form, ready to be called.
+    """The chosen implementation of an operation that reads lists of rows.
 
-    `tuning` goes to the implementation whose it is; another has no use for it.
+    `plain` is its xla form, ready to be called; `finish` brings what the others find, by list, into the form of the
+    operation. `tuning` goes to the implementation whose it is; another has no use for it.
     """
     offered = {"reference": reference, "xla": None, "mosaic_tpu": mosaic_tpu, "triton": triton}
 
@@ -172,11 +174,15 @@ def attend(
 
     def run(module: Any) -> Partial:
         options = {"tuning": tuning} if isinstance(tuning, getattr(module, "Tuning", ())) else {}
-        part = module.attend(reads, **masking, **options)
-        return Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
+        return finish(module.attend(reads, **masking, **options))
 
     functions = {name: plain if module is None else partial(run, module) for name, module in offered.items()}
     return choose(operation, implementation, functions, refusal)()
+
+
+def _by_head(queries: Float[Array, "B G R T D"]) -> Callable[[Partial], Partial]:
+    shape = queries.shape[:4]
+    return lambda part: Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
 
 
 def _check(
