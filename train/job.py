@@ -74,21 +74,21 @@ class DataSection(Section):
     Attributes:
         train: text files, JSONL (.gz too), Parquet, Arrow, pre-tokenised .npy or .bin, or folders of them.
         held_out: the same, of which nothing may be among `train`.
-        field: of a JSONL object, a Parquet or an Arrow row.
-        form: "text", or "chat": the field holds messages, which the tokenizer's chat template writes out.
+        field: of a JSONL object, a Parquet or an Arrow row: a text, or messages, which the chat template writes out.
         sequence: tokens of a row; documents are packed into rows and see only themselves.
         shuffle: order of the documents by the job's seed, anew every epoch; False: as they come.
         tokens_dtype: of a .bin file.
+        document_end: the token that ends a document in .npy and .bin files; None: the tokenizer's end of text.
         pairs: preferences, for stages of kind "dpo".
     """
 
     train: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     field: str = "text"
-    form: Literal["text", "chat"] = "text"
     sequence: Annotated[int, Range(2)] = 2048
     shuffle: bool = True
     tokens_dtype: Literal["uint16", "uint32"] = "uint16"
+    document_end: Whole | None = None
     pairs: PairsSection = PairsSection()
 
 
@@ -253,12 +253,14 @@ class EvaluateSection(Section):
         every: steps between evaluations.
         tokens: of held-out text.
         passkey: prompts of the passkey workload at the end; 0: none.
-        policies: of the cache, as text, for the end.
+        passkey_length: tokens of each.
+        policies: of the cache, as text: the trained model is judged under each, through the decode path.
     """
 
     every: Count = 500
     tokens: Count = 65536
     passkey: Whole = 0
+    passkey_length: Annotated[int, Range(64)] = 1024
     policies: tuple[str, ...] = ("full",)
 
 
@@ -271,6 +273,7 @@ class Job(Section):
         model: the pretrained source: a zoo name, a Hugging Face directory, a .gguf file, or a hub id.
         stages: of training, in order.
         output: folder of the run: metrics, checkpoints, and `model/` at the end; None: runs/NAME.
+        saved_dtype: of the weights in `model/`.
         shapes: a config.json of the source, for checks and ahead-of-time compilation without its weights.
         seed: of everything random.
     """
@@ -279,6 +282,7 @@ class Job(Section):
     model: str
     stages: tuple[StageSection, ...]
     output: str | None = None
+    saved_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     shapes: str | None = None
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     teacher: TeacherSection = TeacherSection()

@@ -22,19 +22,27 @@ def model_shapes(job: Job) -> tuple[Model, Model]:
     Raises:
         BadInput: no config of the source or the teacher; a conversion whose widths follow from weights, not options.
     """
-    config = _config(job.model, job.shapes)
+    config = model_config(job.model, job.shapes)
     source = abstract_model(config, jnp.bfloat16)
     chosen = range(len(source.blocks)) if job.convert.layers == "all" else job.convert.layers
     layers = {} if job.convert.recipe == "none" else {i: _latent(job.convert, source.blocks[i].spec) for i in chosen}
     student = abstract_model(config | {SECTION: section(layers)}, jnp.bfloat16)
     if job.teacher.model is None:
         return student, abstract_model(config, jnp.dtype(job.teacher.dtype))
-    return student, abstract_model(_config(job.teacher.model, job.teacher.shapes), jnp.dtype(job.teacher.dtype))
+    return student, abstract_model(model_config(job.teacher.model, job.teacher.shapes), jnp.dtype(job.teacher.dtype))
 
 
-def _config(model: str, shapes: str | None) -> Mapping[str, Any]:
+def model_config(model: str, shapes: str | None = None) -> Mapping[str, Any]:
+    """The config.json of a model: that of its checkpoint, or the file named instead, which needs no checkpoint.
+
+    Raises:
+        BadInput: a file that cannot be read, a model that cannot be found.
+    """
     if shapes is not None:
-        return json.loads(Path(shapes).read_text())
+        try:
+            return json.loads(Path(shapes).read_text())
+        except (OSError, ValueError) as error:
+            raise BadInput(f"shapes={shapes!r} cannot be read: {error}; allowed: a config.json") from None
     from kvx.models.readers import read_checkpoint
     from kvx.models.zoo import resolve
 

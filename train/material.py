@@ -1,0 +1,114 @@
+"""What a job reads: the tokenizer, its texts and preferences, and the batches that are made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from kvx.errors import BadInput
+from kvx.models.build import Model
+from kvx.models.tokenizer import Tokenizer
+from kvx.train.batch import Batch
+from kvx.train.data import Encoding, Stream, held_out_batches, open_documents, open_pairs, pair_batches, text_batches
+from kvx.train.job import Job
+
+TOGETHER = 4
+"""Rows of a calibration batch."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Tokenizer and texts of a job.
+
+    Attributes:
+        job: whose they are.
+        tokenizer: of the source.
+        encoding: documents to ids.
+        train, held_out: documents; empty where the job names none.
+        pairs: of preferences.
+    """
+
+    job: Job
+    tokenizer: Tokenizer
+    encoding: Encoding
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    pairs: Sequence[dict[str, str]]
+
+    def batches(self, stage: int, share: int = 0, shares: int = 1) -> Stream:
+        """Endless batches of a stage, each stage in an order of its own.
+
+        Args:
+            share, shares: which part of every batch's rows is this process's, and how many parts there are.
+        """
+        data, section, seed = self.job.data, self.job.stages[stage], self.job.seed + stage
+        rows: dict[str, int] = {"batch": section.batch, "seed": seed, "share": share, "shares": shares}
+        if section.kind == "dpo":
+            pairs = data.pairs
+            return pair_batches(self.pairs, self.tokenizer, sequence=pairs.sequence, prompt=pairs.prompt, **rows)
+        return text_batches(self.train, self.encoding, sequence=data.sequence, shuffle=data.shuffle, **rows)
+
+    def judged(self, stage: int, share: int = 0, shares: int = 1) -> list[Batch]:
+        """Held-out batches, as large as the parts that a stage's batches are cut into; none without held-out text."""
+        section = self.job.stages[stage]
+        if not self.held_out:
+            return []
+        return held_out_batches(
+            self.held_out,
+            self.encoding,
+            sequence=self.job.data.sequence,
+            batch=section.batch // section.accumulate,
+            tokens=self.job.evaluate.tokens,
+            share=share,
+            shares=shares,
+        )
+
+    def calibration(self) -> list[Int[np.ndarray, "B T"]]:
+        """Full rows of the training text, in the order of the job's seed, for conversions that read some."""
+        data = self.job.data
+        stream = text_batches(
+            self.train,
+            self.encoding,
+            sequence=data.sequence,
+            batch=TOGETHER,
+            seed=self.job.seed,
+            shuffle=data.shuffle,
+        )
+        count = max(1, self.job.convert.calibration_tokens // (TOGETHER * data.sequence))
+        return [next(stream).tokens for _ in range(count)]
+
+
+def read_material(job: Job, source: Model) -> Material:
+    """What a job reads, before any weight.
+
+    Args:
+        source: the model; its shapes are enough.
+
+    Raises:
+        BadInput: files that cannot be read, or hold no text; a broken line, by file and number; a tokenizer whose ids
+            the model has no embedding for.
+    """
+    from kvx.models.readers import read_checkpoint
+    from kvx.models.zoo import resolve
+
+    tokenizer = Tokenizer.from_checkpoint(read_checkpoint(resolve(job.model)))
+    rows = source.embedding.table.shape[0]
+    if tokenizer.vocabulary > rows:
+        raise BadInput(
+            f"the tokenizer of {job.model!r} has {tokenizer.vocabulary} tokens; allowed: at most {rows}, the model's "
+            "vocabulary"
+        )
+    encoding, data = Encoding.of(tokenizer), job.data
+    end = encoding.end if data.document_end is None else data.document_end
+
+    def texts(paths: Sequence[str], name: str) -> Sequence[Any]:
+        if not paths:
+            return ()
+        return open_documents(paths, name, field=data.field, end=end, dtype=data.tokens_dtype)
+
+    pairs = open_pairs(data.pairs.train, "data.pairs.train") if data.pairs.train else ()
+    return Material(
+        job, tokenizer, encoding, texts(data.train, "data.train"), texts(data.held_out, "data.held_out"), pairs
+    )

@@ -1,0 +1,212 @@
+"""A job from start to end: load, convert, train its stages, judge, save. What `kvx distill` runs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+import kvx
+from kvx.errors import BadInput
+from kvx.mesh import Placement
+from kvx.models.build import Model
+from kvx.train.convert import Report, convert, measure_moments, recipe
+from kvx.train.job import Job
+from kvx.train.job_checks import NO_CONVERSION, check_job, recipe_options
+from kvx.train.job_file import table_from
+from kvx.train.judging import Verdict, judge
+from kvx.train.loop import Trainer
+from kvx.train.material import Material, read_material
+from kvx.train.mesh import make_placement, row_share
+from kvx.train.metrics import FILE, read
+from kvx.train.objective import needs_teacher, objective
+from kvx.train.parameters import Frame, cast
+
+RESUMABLE = ("mesh", "checkpoint", "evaluate")
+"""Sections that a resumed run may change: where it runs and what is written, not what is computed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job left.
+
+    Attributes:
+        name: of the job.
+        folder: of the run.
+        finished: False: told to stop; it waits to be resumed.
+        before, after: cache bytes for each token, of the source and of the student; None: nothing was converted.
+        steps: taken, stage by stage.
+        held_out: loss of the student before the first step and after the last, nats per token; empty: none was taken.
+        teacher: its held-out loss.
+        verdicts: of the trained model with its own cache, policy by policy.
+        model: the folder that `kvx.load` reads, once finished.
+    """
+
+    name: str
+    folder: str
+    finished: bool
+    before: int | None
+    after: int | None
+    steps: tuple[int, ...]
+    held_out: tuple[float, ...] = ()
+    teacher: float | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    model: str | None = None
+
+
+def run_job(
+    job: Job,
+    *,
+    resume: bool = False,
+    seconds: float | None = None,
+    tensorboard: bool = True,
+    console: Console | None = None,
+) -> Result:
+    """Run a job, or go on with it.
+
+    What can be known before is checked before: the job, then its texts and the tokenizer, then weights are read.
+
+    Args:
+        resume: go on from the newest checkpoint; stages that are over are only read.
+        seconds: wall-clock limit of each stage in this call; None: none.
+        tensorboard: write its files beside the metrics.
+        console: of the progress; None: standard error.
+
+    Raises:
+        BadInput: a job that cannot run; a folder that holds another run, or this one without `resume`.
+    """
+    console = console or Console(stderr=True)
+    shapes = check_job(job)
+    folder = Path(str(job.output)).expanduser()
+    _claim(folder, job, resume)
+    material = read_material(job, shapes)
+    source, _ = kvx.load(job.model, dtype=jnp.float32)
+    student, report = converted(source, material)
+    if report is not None and jax.process_index() == 0:
+        console.print(report)
+    sizes = (None, None) if report is None else (report.before, report.after)
+    teacher, steps, finished = _teacher(job, source), [], True
+    for stage in range(len(job.stages)):
+        trainer = _trainer(material, stage, student, teacher, make_placement(job.mesh), seconds, tensorboard, console)
+        outcome = trainer.run(resume)
+        student, finished = outcome.student, outcome.finished
+        steps.append(outcome.step)
+        if not finished:
+            break
+    held_out, guide = _losses(job)
+    if not finished:
+        return Result(job.name, str(folder), False, *sizes, tuple(steps), held_out, guide)
+    student = on_host(student, job.saved_dtype)
+    verdicts: tuple[Verdict, ...] = ()
+    if jax.process_index() == 0:
+        _save(student, material, folder / "model")
+        verdicts = judge(student, material.tokenizer, material.held_out, job, console)
+    return Result(job.name, str(folder), True, *sizes, tuple(steps), held_out, guide, verdicts, str(folder / "model"))
+
+
+def converted(source: Model, material: Material) -> tuple[Model, Report | None]:
+    """The student before its training, and what its conversion did."""
+    job = material.job
+    if job.convert.recipe == NO_CONVERSION:
+        return source, None
+    chosen = recipe(job.convert.recipe, **recipe_options(job))
+    moments = measure_moments(source, material.calibration()) if chosen.reads_text else None
+    return convert(source, chosen, moments)
+
+
+def on_host(student: Model, dtype: str) -> Model:
+    """The model on this process's first device, parameters in another dtype; every process has to call it."""
+    frame = Frame(student)
+    arrays: dict[str, Any] = frame.arrays(student)
+    if jax.process_count() > 1:
+        arrays = {name: multihost_utils.process_allgather(array, tiled=True) for name, array in arrays.items()}
+    whole = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}
+    return frame.model(cast(whole, frame.parameters, jnp.dtype(dtype)))
+
+
+def stage_folder(job: Job, stage: int) -> Path:
+    """Where a stage keeps its metrics and checkpoints."""
+    return Path(str(job.output)).expanduser() / f"stage-{stage}-{job.stages[stage].kind}"
+
+
+def _teacher(job: Job, source: Model) -> Model:
+    if job.teacher.model is None:
+        return source
+    return kvx.load(job.teacher.model, dtype=jnp.dtype(job.teacher.dtype))[0]
+
+
+def _trainer(
+    material: Material,
+    index: int,
+    student: Model,
+    teacher: Model,
+    placement: Placement,
+    seconds: float | None,
+    tensorboard: bool,
+    console: Console,
+) -> Trainer:
+    job, stage = material.job, material.job.stages[index]
+    share, shares = row_share(placement)
+    # Preferences are measured against the student as their stage begins.
+    guide = None if not needs_teacher(stage) else student if stage.kind == "dpo" else teacher
+    return Trainer(
+        student,
+        stage,
+        objective(stage, placement),
+        material.batches(index, share, shares),
+        stage.total_steps(job.data.sequence),
+        stage_folder(job, index),
+        teacher=guide,
+        teacher_dtype=job.teacher.dtype,
+        held_out=material.judged(index, share, shares),
+        placement=placement,
+        checkpoint=job.checkpoint,
+        evaluate=job.evaluate,
+        converted=[layer for layer, block in enumerate(student.blocks) if block.spec.latent] or None,
+        facts={"job": table_from(job), "stage": index},
+        seconds=seconds,
+        tensorboard=tensorboard,
+        console=console,
+    )
+
+
+def _claim(folder: Path, job: Job, resume: bool) -> None:
+    """Keep the job beside its run, and refuse a folder that holds another.
+
+    Raises:
+        BadInput: a run without `resume`; another job than the one that is resumed, by the first key that differs.
+    """
+    kept, now = folder / "job.json", json.loads(json.dumps(table_from(job)))
+    if kept.exists():
+        if not resume:
+            raise BadInput(f"output={str(folder)!r} holds a run; allowed: --resume, or another folder")
+        before = json.loads(kept.read_text())
+        for key in sorted(before.keys() | now.keys()):
+            if key not in (*RESUMABLE, "output") and before.get(key) != now.get(key):
+                raise BadInput(
+                    f"{key} is not what it was when {str(folder)!r} was begun (its job.json); allowed: changes of "
+                    f"{', '.join(RESUMABLE)}, or another folder"
+                )
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(now, indent=2))
+
+
+def _save(student: Model, material: Material, folder: Path) -> None:
+    """Write the model; a run that ended between its last step and this point is resumed to here, and may write again."""
+    if not folder.exists():
+        kvx.save(student, material.tokenizer, folder)
+
+
+def _losses(job: Job) -> tuple[tuple[float, ...], float | None]:
+    """Held-out loss of the student at first and at last, and of the teacher, from the stages' metrics."""
+    files = [stage_folder(job, stage) / FILE for stage in range(len(job.stages))]
+    lines = [line for file in files if file.exists() for line in read(file) if "held_out" in line]
+    if not lines:
+        return (), None
+    return (lines[0]["held_out"], lines[-1]["held_out"]), lines[0].get("teacher_held_out")
