@@ -1,11 +1,28 @@
 """Causal attention over a prompt that also reports what it saw: log-sum-exp and column statistics, never S x S."""
 
+from math import inf
+from typing import Any
+
 from jaxtyping import Array, Bool, Float, Int
 
-from kvx.kernels.prefill_attention import reference, xla
+from kvx.kernels.implementations import choose
+from kvx.kernels.prefill_attention import mosaic_tpu, reference, triton, xla, xla_backward
 from kvx.kernels.prefill_attention.columns import Column
+from kvx.kernels.prefill_attention.gradient import Call, Sight, differentiable, remember
 
-IMPLEMENTATIONS = {"reference": reference.prefill_attention, "xla": xla.prefill_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.prefill_attention,
+    "xla": xla.prefill_attention,
+    "mosaic_tpu": mosaic_tpu.prefill_attention,
+    "triton": triton.prefill_attention,
+}
+REMEMBERING = {
+    "reference": reference.remembering,
+    "xla": remember(xla.prefill_attention, xla_backward.backward),
+    "mosaic_tpu": remember(mosaic_tpu.prefill_attention, xla_backward.backward),
+    "triton": triton.remembering,
+}
+"""The same, with what a backward pass needs; it is blocked XLA's on a TPU."""
 
 
 def prefill_attention(
@@ -23,37 +40,63 @@ def prefill_attention(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     visibility: Bool[Array, "N N"] | None = None,
     implementation: str | None = None,
+    tuning: Any = None,
 ) -> tuple[Float[Array, "B G R T V"], Float[Array, "B G R T"], dict[Column, Float[Array, "B G R S"]]]:
     """Attention of T new queries over S >= T keys: S - T past ones in any order, then the T new ones in order.
+
+    Differentiable by output and log-sum-exp with memory linear in T (`gradient`); differentiating a statistic raises
+    ValueError. Probabilities of a few last queries are `kvx.kernels.decode_attention`'s.
 
     Args:
         queries: rotated queries, R query heads for each KV head.
         keys, values: rotated keys and values, past tokens first.
-        query_positions: true positions; -1 marks padding, which sees nothing and counts nowhere.
-        key_positions: true positions per KV head; -1 marks an empty slot or padding.
+        query_positions: true positions, rising; -1 marks padding, which comes last if S == T, sees nothing and counts
+            nowhere.
+        key_positions: true positions per KV head; -1 marks an empty slot or padding. The new tokens' are the queries'.
         scale, window, softcap: as in `kvx.decoder.AttentionSpec`.
         columns: statistics over the queries of the probability that a key received.
         lengths: tokens of each row, for statistics of near or of the last queries.
-        segments: labels of queries and keys.
+        segments: labels of queries and keys; positions rise within a label.
         visibility: entry (a, b): whether queries of label a see keys of label b; None: only their own label (packed
             documents) and those of label SHARED.
-        implementation: "reference", "xla", or None, which picks by platform.
+        implementation: "reference", "xla", "mosaic_tpu", "triton" (on a GPU, cuDNN included), or None, which picks by
+            platform and arguments.
+        tuning: of "triton" or "mosaic_tpu", their `Tuning`; None: by shape.
 
     Returns:
         Output and log-sum-exp per query head in float32 ((0, -inf) for a query that sees nothing), and the statistics.
+
+    Raises:
+        ValueError: shapes that do not fit together, a statistic that lacks lengths, or a named implementation that
+            cannot take the arguments, before anything is compiled.
     """
-    chosen = IMPLEMENTATIONS[implementation or "xla"]
-    return chosen(
-        queries,
-        keys,
-        values,
-        query_positions,
-        key_positions,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        columns=columns,
-        lengths=lengths,
-        segments=segments,
-        visibility=visibility,
-    )
+    _check(queries, keys, values, columns, lengths, segments, visibility)
+
+    def refusal(name: str) -> str | None:
+        rules = {"triton": triton.refusal, "mosaic_tpu": mosaic_tpu.refusal}
+        if tuning is not None and name not in rules:
+            return f"tuning is {tuning!r}, and it takes None"
+        return rules[name](queries, keys, values, visibility) if name in rules else None
+
+    options = {"scale": scale, "window": window, "softcap": softcap, "columns": tuple(columns)}
+    if tuning is not None:
+        options["tuning"] = tuning
+    chosen = choose("prefill_attention", implementation, IMPLEMENTATIONS, refusal)
+    name = next(name for name, function in IMPLEMENTATIONS.items() if function is chosen)
+    sight = Sight(query_positions, key_positions, lengths, segments, visibility)
+    return differentiable(Call(chosen, REMEMBERING[name], options), queries, keys, values, sight)
+
+
+def _check(queries, keys, values, columns, lengths, segments, visibility) -> None:
+    batch, kv_heads, _, length, dim = queries.shape
+    if keys.shape[:2] != (batch, kv_heads) or keys.shape[3] != dim or keys.shape[2] < length:
+        raise ValueError(f"keys have shape {keys.shape}, allowed is ({batch}, {kv_heads}, {length} or more, {dim})")
+    if values.shape[:3] != keys.shape[:3]:
+        raise ValueError(f"values have shape {values.shape}, allowed is {keys.shape[:3]} and any width")
+    for column in columns:
+        if lengths is None and min(column.near, column.last) < inf:
+            raise ValueError(f"lengths is None, {column} needs the number of tokens of each row")
+    if visibility is not None and segments is None:
+        raise ValueError(
+            "visibility is a table but segments is None, allowed is a table with labels of queries and keys"
+        )

@@ -59,11 +59,11 @@ class Column:
         vote = self.votes(positions, lengths)[:, None, None]
         if self.pooled:
             mean = jnp.mean(weights / total[..., None], axis=2, keepdims=True)
-            return jnp.broadcast_to(self._reduced(vote[..., None] * mean**self.power), shape)
+            return jnp.broadcast_to(self.reduced(vote[..., None] * mean**self.power, axis=-2), shape)
         if self.reduce == "sum":
             # As matrix-vector products: they read the weights once and write no normalised copy.
             return jnp.einsum("bgrt,bgrts->bgrs", vote / total**self.power, weights**self.power)
-        return self._reduced(vote[..., None] * (weights / total[..., None]) ** self.power)
+        return self.reduced(vote[..., None] * (weights / total[..., None]) ** self.power, axis=-2)
 
     def votes(self, positions: Int[Array, "B T"], lengths: Int[Array, "B"] | None) -> Float[Array, "B T"]:
         """What each query counts for: 0 before the last ones, then rising from 1 to `rise`."""
@@ -73,8 +73,9 @@ class Column:
         earlier = share_of(lengths, self.last)[:, None]
         return risen(positions - (lengths[:, None] - 1 - earlier), earlier, self.rise)
 
-    def _reduced(self, mapped: Float[Array, "B G R T S"]) -> Float[Array, "B G R S"]:
-        return (jnp.max if self.reduce == "max" else jnp.sum)(mapped, axis=-2)
+    def reduced(self, mapped: Float[Array, "*shape"], axis: int) -> Float[Array, "*less"]:
+        """Over the axis of the queries, of what each of them gives."""
+        return (jnp.max if self.reduce == "max" else jnp.sum)(mapped, axis=axis)
 
     def _near(self, distance: Int[Array, "B G T S"], lengths: Int[Array, "B"] | None) -> Bool[Array, "B G T S"]:
         assert lengths is not None, "a statistic of near queries needs the rows' lengths"

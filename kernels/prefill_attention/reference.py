@@ -1,10 +1,14 @@
 """Prefill attention, plainly: the whole S x S softmax in float32, and every statistic read off it."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvx.kernels.logits import same_segment, scaled_logits, softmax_rows, visible
 from kvx.kernels.prefill_attention.columns import Column, near_width
+from kvx.kernels.prefill_attention.gradient import Pullback, Result
 
 
 def prefill_attention(
@@ -48,3 +52,18 @@ def _statistic(
         p = jnp.broadcast_to(jnp.mean(p, axis=2, keepdims=True), p.shape)
     mapped = p**column.power * column.votes(positions, lengths)[:, None, None, :, None]
     return jnp.max(mapped, axis=-2) if column.reduce == "max" else jnp.sum(mapped, axis=-2)
+
+
+def remembering(queries, keys, values, query_positions, key_positions, **options: Any) -> tuple[Result, Pullback]:
+    """The same, and its pullback as JAX derives it."""
+
+    def twofold(queries, keys, values):
+        out, lse, columns = prefill_attention(queries, keys, values, query_positions, key_positions, **options)
+        return (out, lse), columns
+
+    (out, lse), pull, columns = jax.vjp(twofold, queries, keys, values, has_aux=True)
+    return (out, lse, columns), jax.tree_util.Partial(_pull, pull, lse)
+
+
+def _pull(pull, lse, d_out, d_lse):
+    return pull((d_out, jnp.zeros_like(lse) if d_lse is None else d_lse))
