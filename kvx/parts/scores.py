@@ -197,6 +197,11 @@ class Projection(Score):
         return jnp.mean(query_directions(activations.queries), axis=1)
 
     def calibrate(self, digests: list[Float[Array, "G D"]]) -> "Projection":
+        if len(shapes := {digest.shape for digest in digests}) > 1:
+            raise BadInput(
+                f"q_filters keeps the directions of all layers in one array, but theirs are of shapes {sorted(shapes)};"
+                " allowed: models whose layers have heads alike"
+            )
         return Projection(jnp.stack(digests))
 
     def check(self, spec: Spec) -> None:
