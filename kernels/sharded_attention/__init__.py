@@ -1,0 +1,105 @@
+"""Attention over caches that lie on a mesh: heads over one axis, slots over another, merged by log-sum-exp.
+
+Heads need no exchange at all. Where slots are split (context-parallel decoding), every device attends over the slots
+that it holds, and only outputs and log-sum-exps travel: no cache is ever gathered.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from kvx.kernels.merge_partials import Partial, merge_across
+
+
+def sharded_attention(
+    attention: Callable[..., Partial],
+    mesh: Mesh,
+    specs: Mapping[str, Any],
+    *,
+    slots: str | None = None,
+    out: PartitionSpec | None = None,
+) -> Callable[..., Partial]:
+    """An operation of this package as one over a mesh, in the shape of the operation: arrays by name in, a partial out.
+
+    ```python
+    specs = slot_specs(slots="context", heads="tensor")
+    heads = PartitionSpec(None, "tensor")
+    attend = sharded_attention(partial(decode_attention, scale=0.125), mesh, specs, slots="context", out=heads)
+    part = attend(queries=q, keys=k, values=v, query_positions=p, key_positions=s)
+    ```
+
+    Args:
+        attention: `decode_attention`, `ragged_decode_attention`, `latent_decode_attention` and the like, their static
+            options bound.
+        mesh: its axes are those that `specs` name.
+        specs: how each argument lies on the mesh, by name: a `PartitionSpec`, or a pytree of them for a pytree; absent:
+            every device has all of it. See `slot_specs` and `latent_specs`.
+        slots: mesh axis that the slots are split over. Then every slot must carry its position (`key_positions`), since
+            a device does not know which slots it holds.
+        out: how the leading axes of the output (and of its log-sum-exp) lie; it never names the axis of the slots.
+            None: every device has all of it.
+
+    Raises:
+        ValueError: at the call, if an axis of an array is no multiple of the devices it is split over, or if slots are
+            split and have no positions.
+    """
+
+    def attend(**arrays: Any) -> Partial:
+        if slots is not None and arrays.get("key_positions") is None:
+            raise ValueError(f"key_positions is None, allowed with slots split over {slots!r}: positions of all slots")
+        placed = {
+            name: _leaf_specs(name, array, specs.get(name, PartitionSpec()), mesh) for name, array in arrays.items()
+        }
+
+        def local(parts: dict[str, Any]) -> Partial:
+            part = attention(**parts)
+            return part if slots is None else merge_across(part, slots)
+
+        whole = PartitionSpec()
+        # Kernels do not say along which mesh axes their outputs vary, so this cannot be checked.
+        over_mesh = jax.shard_map(
+            local, mesh=mesh, in_specs=(placed,), out_specs=whole if out is None else out, check_vma=False
+        )
+        return over_mesh(arrays)
+
+    return attend
+
+
+def slot_specs(*, heads: str | None = None, slots: str | None = None, rows: str | None = None) -> dict[str, Any]:
+    """Specs of queries (B, G, R, T, D), positions and dense caches (B, G, C, D) by the mesh axes of G, C and B."""
+    by_slot = PartitionSpec(rows, heads, slots)
+    return {
+        "queries": PartitionSpec(rows, heads),
+        "query_positions": PartitionSpec(rows),
+        **dict.fromkeys(("keys", "values", "key_positions", "bias"), by_slot),
+    }
+
+
+def latent_specs(
+    *, heads: str | None = None, slots: str | None = None, rows: str | None = None, slots_last: bool = False
+) -> dict[str, Any]:
+    """Specs of `latent_decode_attention`'s arguments by the mesh axes of H, C and B; heads share the rows."""
+    return {
+        "queries": PartitionSpec(rows, None, heads),
+        "query_positions": PartitionSpec(rows),
+        "rows": PartitionSpec(rows, None, slots) if slots_last else PartitionSpec(rows, slots),
+        **dict.fromkeys(("key_positions", "bias"), PartitionSpec(rows, slots)),
+    }
+
+
+def _leaf_specs(name: str, tree: Any, spec: Any, mesh: Mesh) -> Any:
+    """A spec for each array of an argument, once they are known to divide."""
+    whole = isinstance(spec, PartitionSpec)
+    specs = jax.tree.map(lambda leaf: spec, tree) if whole else spec
+    for leaf, entry in zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True):
+        for axis, names in enumerate(entry):
+            devices = 1
+            for mesh_axis in (names,) if isinstance(names, str) else names or ():
+                devices *= mesh.shape[mesh_axis]
+            if axis >= leaf.ndim or leaf.shape[axis] % devices:
+                size = leaf.shape[axis] if axis < leaf.ndim else None
+                allowed = f"multiples of the {devices} devices along {names!r}"
+                raise ValueError(f"{name} has {size} along axis {axis}, allowed: {allowed}")
+    return specs

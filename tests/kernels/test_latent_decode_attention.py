@@ -1,0 +1,199 @@
+"""Latent decode attention: every implementation equals the float32 reference, which equals attention of plain keys."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from kvx.kernels.decode_attention import decode_attention
+from kvx.kernels.implementations import compiling_for
+from kvx.kernels.latent_decode_attention import CodedRows, latent_decode_attention, triton
+from kvx.kernels.latent_decode_attention.arg_specs import CI, NUMERIC
+from kvx.kernels.latent_decode_attention.operands import slots_first
+from kvx.kernels.quantize_pack.coded import TokenCodes
+
+FAST = [spec for spec in NUMERIC if spec.argument_bytes() < 2**19]
+ON_GPU = jax.default_backend() == "gpu"
+
+
+def assert_equals_reference(spec, **named):
+    arrays = spec.arrays()
+    with jax.default_matmul_precision("highest"):
+        wanted = latent_decode_attention(**arrays, **spec.options, implementation="reference")
+    found = latent_decode_attention(**arrays, **spec.options, **named)
+    for name in ("out", "lse"):
+        expected, got = (np.asarray(getattr(part, name)) for part in (wanted, found))
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(expected[~finite], got[~finite])
+        largest = np.abs(expected[finite]).max(initial=0.0)
+        np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=spec.tolerance * max(largest, 1e-30))
+
+
+@pytest.mark.parametrize("spec", FAST, ids=str)
+def test_numeric_xla(spec):
+    assert_equals_reference(spec, implementation="xla")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [spec for spec in NUMERIC if spec not in FAST], ids=str)
+def test_numeric_xla_large(spec):
+    assert_equals_reference(spec, implementation="xla")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", NUMERIC, ids=str)
+def test_numeric_triton(spec):
+    """On a GPU for real, elsewhere in Pallas' interpreter; two runs of slots, so that they merge."""
+    tuning = None if ON_GPU else triton.Tuning(slots=64, splits=2, interpret=True)
+    assert_equals_reference(spec, implementation="triton", tuning=tuning)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", NUMERIC, ids=str)
+def test_numeric_mosaic_tpu_interpreted(spec):
+    if isinstance(spec.abstract()["rows"], CodedRows) and not spec.options["slots_last"]:
+        pytest.skip("codes lie with slots last on a TPU")
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        assert_equals_reference(spec, implementation="mosaic_tpu")
+    assert not pltpu.interpret_pallas_call.races.races_found
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas-Triton is supported from jax 0.11")
+@pytest.mark.parametrize("spec", NUMERIC, ids=str)
+def test_triton_lowers_for_cuda(spec):
+    """No GPU is needed to find what Triton cannot express."""
+    jitted = jax.jit(lambda arrays: latent_decode_attention(**arrays, **spec.options, implementation="triton"))
+    text = jitted.trace(spec.abstract()).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in text
+
+
+def rows_of(seed, batch, slots, dim):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, slots, dim)), jnp.float32)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.sampled_from([(16, 32), (64, 32), (8, 0)]),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
+def test_rows_are_keys_and_their_ends_are_values(batch, slots, heads, widths, length, seed):
+    """Against attention with keys and values of their own: one KV head, the values cut off the keys."""
+    latent, rotary = widths
+    rows = rows_of(seed, batch, slots, rotary + latent)
+    queries = jnp.asarray(np.random.default_rng(seed + 1).standard_normal((batch, length, heads, rotary + latent)))
+    queries = queries.astype(jnp.float32)
+    last = np.random.default_rng(seed).integers(-1, slots, (batch, 1))
+    spots = jnp.asarray(np.where(last < 0, -1, np.maximum(last + np.arange(1 - length, 1), -1)), jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
+    wanted = decode_attention(
+        jnp.swapaxes(queries, 1, 2)[:, None],
+        rows[:, None],
+        rows[:, None, :, rotary:],
+        spots,
+        places[:, None],
+        scale=0.3,
+    )
+    given_places = latent_decode_attention(queries, rows, spots, places, value_dim=latent, scale=0.3)
+    in_order = latent_decode_attention(
+        queries, jnp.swapaxes(rows, 1, 2), spots, value_dim=latent, scale=0.3, slots_last=True
+    )
+    # Float32 sums of at most 96 terms in another order.
+    for part in (given_places, in_order):
+        np.testing.assert_allclose(part.out, jnp.swapaxes(wanted.out[:, 0], 1, 2), atol=1e-5)
+        np.testing.assert_allclose(part.lse, jnp.swapaxes(wanted.lse[:, 0], 1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_coded_rows_are_rotary_keys_beside_what_their_codes_stand_for(bits):
+    rows = rows_of(0, 2, 10, 96)
+    codes = TokenCodes.encode(rows[:, None, :, 32:], bits, group=32)
+    shown = slots_first(CodedRows(rows[..., :32], codes), slots_last=False)
+    np.testing.assert_array_equal(shown[..., :32], rows[..., :32])
+    step = np.repeat(np.swapaxes(np.asarray(codes.scale[:, 0]), 1, 2), 32, axis=-1)
+    # Half a step, and the rounding of c s + m in float32.
+    assert (np.abs(shown[..., 32:] - rows[..., 32:]) <= step / 2 + 1e-6).all()
+
+
+def test_a_bias_of_log_n_is_a_slot_held_n_times():
+    rows = rows_of(1, 1, 3, 24)
+    queries = rows_of(2, 1, 4, 24)[:, None]
+    spots = jnp.full((1, 1), 9, jnp.int32)
+    thrice = rows[:, jnp.asarray([0, 1, 1, 1, 2])]
+    wanted = latent_decode_attention(queries, thrice, spots, value_dim=16, scale=1.0)
+    bias = jnp.log(jnp.asarray([[1.0, 3.0, 1.0]]))
+    found = latent_decode_attention(queries, rows, spots, bias=bias, value_dim=16, scale=1.0)
+    np.testing.assert_allclose(found.out, wanted.out, atol=2e-6)
+    np.testing.assert_allclose(found.lse, wanted.lse, atol=2e-6)
+
+
+def call(**changes):
+    arrays = dict(queries=jnp.zeros((1, 1, 4, 48)), rows=jnp.zeros((1, 8, 48)), query_positions=jnp.zeros((1, 1), int))
+    return latent_decode_attention(**arrays | dict(value_dim=16, scale=1.0) | changes)
+
+
+def coded(bits=8, heads=1, nested=False, slots_last=False):
+    words, ranges = jnp.zeros((1, heads, bits // 2, 8), jnp.uint32), jnp.zeros((1, heads, 1, 8), jnp.uint32)
+    return CodedRows(
+        jnp.zeros((1, 32, 8) if slots_last else (1, 8, 32)), TokenCodes(words, ranges, bits, words if nested else None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(queries=jnp.zeros((1, 1, 4, 40))), "queries have 40 channels, allowed: the 48 of rows"),
+        (dict(value_dim=49), "value_dim is 49, allowed: 1 to the 48"),
+        (dict(key_positions=jnp.zeros((1, 9), int)), "key_positions has 9 slots, allowed: the 8"),
+        (dict(rows=coded(), value_dim=12), "value_dim is 12, allowed with coded rows: their 16"),
+        (dict(rows=coded(heads=2)), r"codes have words of shape \(1, 2, 4, 8\), allowed: one KV head"),
+        (dict(rows=coded(nested=True)), "codes have lower codes, allowed: None"),
+        (
+            dict(rows=coded(4, slots_last=True), slots_last=True, implementation="mosaic_tpu"),
+            "codes have 4 bits, it takes 8",
+        ),
+        (dict(implementation="mosaic_gpu"), "implementation is 'mosaic_gpu', latent_decode_attention has"),
+        (dict(rows=coded(), implementation="mosaic_tpu"), "coded rows need slots_last=True"),
+        (
+            dict(implementation="triton", tuning=triton.Tuning(rows=24, interpret=True)),
+            "a block of 24, it takes powers",
+        ),
+        (dict(implementation="mosaic_tpu", tuning=triton.Tuning()), "it takes its own Tuning"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_a_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(**changes)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax is new enough")
+def test_an_old_jax_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"jax is 0\.10.*it takes 0\.11 or later"):
+        call(implementation="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.parametrize("spec", CI, ids=str)
+def test_the_tpu_compiler_takes_it_without_a_temporary_of_the_caches_size(spec):
+    from kvx.eval.kernel_bench.ahead_of_time import compile_calls
+    from kvx.eval.kernel_bench.calls import Call
+
+    call = Call("latent_decode_attention", latent_decode_attention, spec)
+    for compiled in compile_calls([call]):
+        assert compiled.good, compiled
+
+
+def test_no_name_picks_the_kernel_where_it_can_run():
+    spec = replace(CI[0])
+    with compiling_for("tpu"):
+        jaxpr = jax.make_jaxpr(lambda arrays: latent_decode_attention(**arrays, **spec.options))(spec.abstract())
+    assert "pallas_call" in str(jaxpr)
