@@ -85,4 +85,4 @@ def _yielded(shape: str, started: bool) -> float:
     """Bytes of a result; a collective that was started lists its operands too, and the largest array is its result."""
     found = ((BYTES.get(kind, 4), dims.split(",")) for kind, dims in _SHAPE.findall(shape))
     sizes = [width * math.prod(int(size) for size in dims if size) for width, dims in found]
-    return max(sizes, default=0) if started else sum(sizes)
+    return float(max(sizes, default=0) if started else sum(sizes))

@@ -84,19 +84,27 @@ def check_batch(placement: Placement, rows: int, parts: int, tokens: int) -> Non
 
 
 def row_share(placement: Placement) -> tuple[int, int]:
-    """Which share of a batch's rows this process has to bring, and how many shares there are.
-
-    Processes that hold other heads or tokens of the same rows bring the same rows.
-    """
+    """Which share of a batch's rows this process has to bring, and how many shares there are."""
     shape = placement.mesh.shape
-    by_rows = placement.mesh.devices.reshape(shape["data"] * shape["fsdp"], -1)
+    owners = [
+        [each.process_index for each in row]
+        for row in placement.mesh.devices.reshape(shape["data"] * shape["fsdp"], -1)
+    ]
+    return share_of_rows(owners, jax.process_index())
+
+
+def share_of_rows(owners: Sequence[Sequence[int]], process: int) -> tuple[int, int]:
+    """A process's share and their number; those that hold other heads or tokens of the same rows bring the same rows.
+
+    Args:
+        owners: for each part of the rows, in order, the processes of the devices that hold some of it.
+    """
     held: dict[int, set[int]] = {}
-    for row, devices in enumerate(by_rows):
-        for device in devices:
-            held.setdefault(device.process_index, set()).add(row)
-    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
-    mine = tuple(sorted(held[jax.process_index()]))
-    return shares.index(mine), len(shares)
+    for part, processes in enumerate(owners):
+        for each in processes:
+            held.setdefault(each, set()).add(part)
+    shares = sorted({tuple(sorted(parts)) for parts in held.values()})
+    return shares.index(tuple(sorted(held[process]))), len(shares)
 
 
 def join_processes(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:

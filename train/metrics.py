@@ -86,7 +86,7 @@ class Metrics:
             if each is not None:
                 each.close()
 
-    def step(self, step: int, numbers: Mapping[str, float]) -> None:
+    def step(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Numbers of a step that is done; steps count from 1."""
         seconds = time.perf_counter() - self._begun
         if step == self._first + 1:
@@ -103,14 +103,14 @@ class Metrics:
         if self.writes and (step == self.total or _round(step)):
             self.console.print(f"step {step}/{self.total}  {self._text(numbers, speed)}", highlight=False)
 
-    def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, numbers: Mapping[str, float | int]) -> None:
         """Numbers of an evaluation after so many steps."""
         self._write(step, numbers)
         if self.writes:
             text = "  ".join(f"{name} {number:.4f}" for name, number in numbers.items())
             self.console.print(f"step {step}/{self.total}  {text}", highlight=False)
 
-    def _text(self, numbers: Mapping[str, float], speed: float | None) -> str:
+    def _text(self, numbers: Mapping[str, float | int], speed: float | None) -> str:
         parts = [f"loss {numbers['loss']:.4f}"]
         if speed is not None:
             parts.append(f"{speed:,.0f} tokens/s")
@@ -118,7 +118,7 @@ class Metrics:
                 parts.append(f"MFU {100 * speed * self.share:.1f} %")
         return "  ".join(parts)
 
-    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def _write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         if self._board is not None:
@@ -126,7 +126,7 @@ class Metrics:
                 self._board.add_scalar(name, number, step)
 
 
-def read(path: Path) -> list[dict[str, float]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that was cut by a kill is left out."""
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]

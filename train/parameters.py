@@ -1,4 +1,4 @@
-"""A model taken apart into named arrays and put together again: what trains, what is frozen, what a checkpoint holds."""
+"""A model taken apart into named arrays and put together again: what trains, what is frozen, what is kept."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -7,13 +7,12 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.mesh import Placement
 
-Arrays = dict[str, Array]
+Arrays = dict[str, Any]
 """Arrays of a model by their paths, as "blocks.0.attention.out.kernel"."""
 
 Leaf = TypeVar("Leaf")

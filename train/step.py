@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kvx.decoder import Decoder
 from kvx.mesh import Placement
@@ -36,7 +36,7 @@ class TrainState:
         average: their running mean; None: none is kept.
     """
 
-    step: Int[Array, ""]
+    step: Any
     trained: Arrays
     optimizer: Any
     average: Arrays | None = None

@@ -140,7 +140,7 @@ def test_a_failure_in_the_background_is_raised_where_the_run_waits(tmp_path, mon
 def test_the_state_of_a_step_restores_on_another_mesh_bit_for_bit(tmp_path):
     """Written by one device, read on eight, and the other way round."""
     for number, (there, here) in enumerate([(one_device, eight), (eight, one_device)]):
-        step, state, frozen, _ = make_step(stage(ema=0.9, train=r"blocks\.0"), there())
+        _, state, frozen, _ = make_step(stage(ema=0.9, train=r"blocks\.0"), there())
         checkpoints = Checkpoints(tmp_path / str(number))
         checkpoints.save(7, (state, frozen), {}, {})
         checkpoints.wait()

@@ -1,0 +1,51 @@
+"""Claims about the count of collectives: by kind, loops by their turns, bytes of what each yields."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kvx.train.collectives import Traffic, traffic
+
+TEXT = """
+HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %c = f32[] add(f32[] %a, f32[] %b)
+}
+
+%body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %g = bf16[64,16]{1,0} all-gather(bf16[8,16]{1,0} %x), dimensions={0}
+  %s = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(bf16[8,4]{1,0} %y), dimensions={0}
+  %d = bf16[32,4]{1,0} all-gather-done(%s)
+}
+
+%cond (p: (s32[], f32[8,16])) -> pred[] {
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %w = (s32[], f32[8,16]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %r = (f32[8,16]{1,0}, f32[]) all-reduce(f32[8,16]{1,0} %a, f32[] %b), to_apply=%add
+}
+"""
+
+
+def test_a_collective_in_a_loop_counts_by_the_loops_turns():
+    assert traffic(TEXT) == {
+        "all-gather": Traffic(6, 3 * (64 * 16 * 2 + 32 * 4 * 2)),
+        "all-reduce": Traffic(1, 8 * 16 * 4 + 4),
+    }
+
+
+def test_it_reads_what_xla_writes():
+    """Five products of a matrix that lies in rows: a gather in each turn of a loop, or one of all before it."""
+    mesh = jax.make_mesh((8,), ("x",))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), ()))
+
+    def loop(x, weights):
+        return jax.lax.scan(lambda x, w: (x @ jax.lax.with_sharding_constraint(w, whole), None), x, weights)[0]
+
+    shapes = jax.ShapeDtypeStruct((4, 16), jnp.float32, sharding=whole), jax.ShapeDtypeStruct((5, 16, 16), jnp.float32)
+    split = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
+    compiled = jax.jit(loop, in_shardings=(whole, split)).lower(*shapes).compile()
+    assert traffic(compiled.as_text())["all-gather"].bytes == 5 * 16 * 16 * 4

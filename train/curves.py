@@ -1,0 +1,247 @@
+"""Learning curves of several starts beside one teacher: held-out perplexity against tokens, one command, resumable.
+
+    python -m kvx.train.curves OUT --start "transmla(rank=64, rotary=32)" --start ... --train a.npy --held-out b.npy
+
+Every curve is a run of its own in a folder of its own; all see the same rows in the same order. A curve that is over is
+read, one that was interrupted goes on. `curves.jsonl` and `curves.csv` hold all that is there, also along the way.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from jaxtyping import Integer
+from rich.console import Console
+
+import kvx
+from kvx.errors import BadInput
+from kvx.mesh import Placement
+from kvx.train.job import CheckpointSection, EvaluateSection, LossSection, StageSection
+from kvx.train.loop import Trainer
+from kvx.train.mesh import ALONG_ROWS, check_batch, make_placement, row_share
+from kvx.train.metrics import FILE, read
+from kvx.train.objective import objective
+from kvx.train.windows import Windows, held_out, read_tokens
+
+UNCONVERTED = "none"
+"""The start that is the source itself: the control."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all curves share.
+
+    Attributes:
+        stage: of training.
+        length: tokens of a row.
+        every: steps between evaluations.
+        judged: tokens of held-out text.
+        calibration: rows of the training text for conversions that read any, from its end.
+        checkpoint: steps between checkpoints.
+        teacher_dtype: of the teacher's pass.
+        seconds: wall-clock limit of a curve in one call; None: none.
+    """
+
+    stage: StageSection
+    length: int
+    every: int
+    judged: int
+    calibration: int
+    checkpoint: int
+    teacher_dtype: str
+    seconds: float | None
+
+    @property
+    def steps(self) -> int:
+        """Of a curve."""
+        return self.stage.total_steps(self.length)
+
+
+def curve(
+    start: str,
+    seed: int,
+    source: Any,
+    train: Integer[np.ndarray, "N"],
+    judge: Integer[np.ndarray, "M"],
+    setting: Setting,
+    folder: Path,
+    placement: Placement,
+    console: Console,
+) -> bool:
+    """Train one start; whether it came to its end.
+
+    Args:
+        start: a recipe as text, "none", or the folder of a model that was converted before.
+        seed: of the order of rows.
+        source: the teacher.
+    """
+    student = _converted(start, source, train, setting)
+    share, shares = row_share(placement)
+    rows = setting.stage.batch
+    judged = [_part(batch, share, shares) for batch in held_out(judge, setting.length, rows, setting.judged)]
+    latent = [index for index, block in enumerate(student.blocks) if block.spec.latent]
+    trainer = Trainer(
+        student,
+        setting.stage,
+        objective(setting.stage, placement),
+        Windows(train, setting.length, rows, seed, share, shares),
+        setting.steps,
+        folder,
+        teacher=source,
+        teacher_dtype=setting.teacher_dtype,
+        held_out=judged,
+        placement=placement,
+        checkpoint=CheckpointSection(every=setting.checkpoint, keep=1, best=False),
+        evaluate=EvaluateSection(every=setting.every),
+        converted=latent or None,
+        facts={"start": start, "seed": seed},
+        seconds=setting.seconds,
+        tensorboard=False,
+        console=console,
+    )
+    return trainer.run(resume=True).finished
+
+
+def collect(out: Path, keys: Iterable[tuple[str, int]], tokens: int) -> list[dict[str, Any]]:
+    """Every evaluation that is there, and the two files of them.
+
+    Args:
+        keys: starts and seeds.
+        tokens: of a step.
+    """
+    found = []
+    for start, seed in keys:
+        path = folder_of(out, start, seed) / FILE
+        lines = read(path) if path.exists() else []
+        for line in lines:
+            if "held_out" in line:
+                facts = {"start": start, "seed": seed, "step": int(line["step"]), "tokens": int(line["step"]) * tokens}
+                teacher = line.get("teacher_held_out")
+                beside = {} if teacher is None else {"teacher_perplexity": float(np.exp(teacher))}
+                found.append({**facts, "held_out": line["held_out"], "perplexity": line["perplexity"], **beside})
+    (out / "curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    if found:
+        with open(out / "curves.csv", "w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(found[0]))
+            writer.writeheader()
+            writer.writerows(found)
+    return found
+
+
+def folder_of(out: Path, start: str, seed: int) -> Path:
+    """A curve's folder: readable, and no other start's."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", start).strip("-")[-60:]
+    return out / f"{readable}-{hashlib.sha256(start.encode()).hexdigest()[:6]}-seed{seed}"
+
+
+def _converted(start: str, source: Any, train: Integer[np.ndarray, "N"], setting: Setting) -> Any:
+    if start == UNCONVERTED:
+        return source
+    if Path(start).is_dir():
+        return kvx.load(start)[0]
+    from kvx.train.convert import convert, measure_moments, parse_recipe
+
+    recipe = parse_recipe(start)
+    moments = None
+    if recipe.reads_text:
+        rows = np.asarray(train[-setting.calibration * setting.length :], np.int32).reshape(-1, setting.length)
+        moments = measure_moments(source, [rows[first : first + 8] for first in range(0, len(rows), 8)])
+    return convert(source, recipe, moments)[0]
+
+
+def _part(batch: Any, share: int, shares: int) -> Any:
+    import jax
+
+    def cut(array: Any) -> Any:
+        rows = len(array) // shares
+        return array[share * rows : (share + 1) * rows]
+
+    return jax.tree.map(cut, batch)
+
+
+def _starts(starts: Sequence[str]) -> None:
+    from kvx.train.convert import parse_recipe
+
+    for start in starts:
+        if start != UNCONVERTED and not Path(start).is_dir():
+            parse_recipe(start)
+
+
+def _command(
+    out: Annotated[Path, typer.Argument(help="A folder for all curves.")],
+    start: Annotated[list[str], typer.Option(help='A recipe, as "transmla(rank=64, rotary=32)"; a folder; or "none".')],
+    train: Annotated[Path, typer.Option(help="Token ids: .npy, or .bin of uint16.")],
+    judge: Annotated[Path, typer.Option("--held-out", help="Other token ids, to judge by.")],
+    model: Annotated[str, typer.Option(help="Source and teacher: a zoo name, a directory, a .gguf file.")] = (
+        "smollm2-135m-instruct"
+    ),
+    seed: Annotated[list[int] | None, typer.Option(help="Of the order of rows; several for several curves.")] = None,
+    tokens: Annotated[int, typer.Option(help="Of a curve.", min=1)] = 100_000,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 256,
+    batch: Annotated[int, typer.Option(help="Rows of a step.", min=1)] = 8,
+    rate: Annotated[float, typer.Option(help="Learning rate, at its peak.")] = 3e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps.", min=0, max=0.9)] = 0.05,
+    schedule: Annotated[str, typer.Option(help="cosine, constant or wsd.")] = "cosine",
+    trained: Annotated[str, typer.Option("--trained", help='"all", "attention", or an expression.')] = "all",
+    ce: Annotated[float, typer.Option(help="Weight of the cross-entropy.", min=0)] = 0.0,
+    kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.", min=0)] = 1.0,
+    chunk: Annotated[int, typer.Option(help="Tokens whose logits exist at a time.", min=1)] = 2048,
+    dtype: Annotated[str, typer.Option(help="Of both passes: float32 or bfloat16.")] = "float32",
+    remat: Annotated[bool, typer.Option(help="Recompute activations, to save memory.")] = False,
+    every: Annotated[int, typer.Option("--evaluations", help="Of a curve, after the one at its start.", min=1)] = 20,
+    kept: Annotated[int, typer.Option("--checkpoints", help="Of a curve, from which it may go on.", min=1)] = 10,
+    judged: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 16384,
+    calibration: Annotated[int, typer.Option(help="Rows that conversions read, from the text's end.", min=8)] = 128,
+    seconds: Annotated[float | None, typer.Option(help="Wall-clock limit of a curve in this call.")] = None,
+) -> None:
+    """Train every start for as many tokens beside the same teacher.
+
+    Examples:
+
+        python -m kvx.train.curves runs/cpu --start "x_ecomla(rank=64, rotary=32)" --start none
+        --train train.npy --held-out valid.npy --tokens 100000
+
+        python -m kvx.train.curves runs/gpu --start "x_ecomla(rank=64, rotary=32)" --train train.npy
+        --held-out valid.npy --tokens 20000000 --length 1024 --batch 32 --dtype bfloat16 --seconds 200
+    """
+    from kvx.compilation_cache import enable_compilation_cache
+
+    loss = LossSection(ce=ce, kl=kl, chunk=chunk)
+    values: dict[str, Any] = {"schedule": schedule, "compute_dtype": dtype, "warmup": warmup, "train": trained}
+    stage = StageSection(tokens=tokens, batch=batch, learning_rate=rate, loss=loss, remat=remat, **values)
+    steps = stage.total_steps(length)
+    setting = Setting(stage, length, max(1, steps // every), judged, calibration, max(1, steps // kept), dtype, seconds)
+    placement = make_placement(ALONG_ROWS)
+    check_batch(placement, batch, 1, length)
+    _starts(start)
+    text, other = read_tokens(train), read_tokens(judge)
+    if len(text) < length * max(batch, calibration):
+        raise BadInput(f"train has {len(text)} tokens; allowed: at least {length * max(batch, calibration)}")
+    out.mkdir(parents=True, exist_ok=True)
+    enable_compilation_cache()
+    console = Console(stderr=True)
+    source, _ = kvx.load(model, dtype="float32")
+    keys = [(each, number) for number in seed or [0] for each in start]
+    for each, number in keys:
+        console.print(f"{each}, seed {number}", highlight=False)
+        curve(each, number, source, text, other, setting, folder_of(out, each, number), placement, console)
+        collect(out, keys, batch * length)
+    for line in collect(out, keys, batch * length):
+        if line["step"] in (0, steps):
+            print(json.dumps(line))
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app.command()(_command)
+
+if __name__ == "__main__":
+    from kvx.cli import run
+
+    run(app, "python -m kvx.train.curves")
