@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from kvx.errors import BadInput, unknown
@@ -17,7 +17,8 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
 
     Args:
         path: a TOML file; `extends = "file"`, relative to it, names one whose values hold where it says nothing. That
-            file may extend no other. Lists, `stages` among them, are taken whole from one file or the other.
+            file may extend no other. Sections are merged; lists (`stages` is one) and a recipe's options are values,
+            taken whole from one file or the other.
         overrides: "key.sub=value", the value as in TOML or a bare word, an entry of a list by its index; the last wins.
 
     Returns:
@@ -78,6 +79,9 @@ def section_from(kind: type[Section], table: Mapping[str, Any], where: str = "")
         if field.default is MISSING and field.default_factory is MISSING and field.name not in table:
             raise BadInput(f"{where}{field.name} is missing; allowed: {allowed(known[field.name])}")
     values = {key: _value(known[key], value, f"{where}{key}") for key, value in table.items()}
+    for key, value in values.items():
+        if not accepts(value, known[key]):
+            raise BadInput(f"{where}{key}={value!r}; allowed: {allowed(known[key])}")
     try:
         return kind(**values)
     except BadInput as error:
@@ -85,19 +89,19 @@ def section_from(kind: type[Section], table: Mapping[str, Any], where: str = "")
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """A TOML value as what the annotation names: tables become sections, lists tuples."""
+    """A TOML value as what the annotation names: tables become sections, lists tuples, and 1 may stand for 1.0."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _value(inner[0], value, where)
     if origin in (Union, UnionType):
-        tried = [_value(each, value, where) for each in inner if each is not NoneType]
-        return next((one for one, each in zip(tried, inner, strict=False) if accepts(one, each)), value)
+        known = [(_value(each, value, where), each) for each in inner]
+        fitting = [one for one, each in known if accepts(one, each)]
+        return next((one for one in fitting if type(one) is type(value)), fitting[0] if fitting else value)
     if origin is tuple and isinstance(value, list):
-        every = inner[0]
-        return tuple(_value(every, each, f"{where}.{index}") for index, each in enumerate(value))
-    if isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, Mapping):
+        return tuple(_value(inner[0], each, f"{where}.{index}") for index, each in enumerate(value))
+    if _is_section(hint) and isinstance(value, Mapping):
         return section_from(hint, value, f"{where}.")
-    return value
+    return float(value) if hint is float and type(value) is int else value
 
 
 def _merged(path: Path) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def _merged(path: Path) -> dict[str, Any]:
     base = _read(path.parent / below)
     if "extends" in base:
         raise BadInput(f"{str(path)!r} extends {below!r}, which extends another; allowed: one level")
-    return _over(base, table)
+    return _over(base, table, Job)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -124,14 +128,18 @@ def _read(path: Path) -> dict[str, Any]:
         raise BadInput(f"job {str(path)!r} is not TOML: {error}") from None
 
 
-def _over(base: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Two tables in one; where both have a value, the upper one's."""
-    both = {key: _over(base[key], upper[key]) for key in base.keys() & upper.keys() if _tables(base[key], upper[key])}
-    return {**base, **upper, **both}
+def _over(base: Mapping[str, Any], upper: Mapping[str, Any], kind: type[Section]) -> dict[str, Any]:
+    """Two tables of a section in one; where both have a value, the upper one's."""
+    known = hints(kind)
+    merged = {**base, **upper}
+    for key in base.keys() & upper.keys() & known.keys():
+        if _is_section(known[key]) and isinstance(base[key], Mapping) and isinstance(upper[key], Mapping):
+            merged[key] = _over(base[key], upper[key], known[key])
+    return merged
 
 
-def _tables(*values: Any) -> bool:
-    return all(isinstance(value, Mapping) for value in values)
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
 
 
 def _override(table: dict[str, Any], text: str) -> None:

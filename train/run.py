@@ -1,7 +1,8 @@
 """A job from start to end: load, convert, train its stages, judge, save. What `kvx distill` runs."""
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
+from rich.table import Table
 
 import kvx
 from kvx.errors import BadInput
@@ -57,6 +59,31 @@ class Result:
     teacher: float | None = None
     verdicts: tuple[Verdict, ...] = ()
     model: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = Table(title=f"{self.name}: {self._end()}", title_justify="left")
+        table.add_column("")
+        table.add_column("", justify="right")
+        if self.before is not None:
+            table.add_row("cache bytes a token", f"{self.after} of {self.before}, {self.after / self.before:.1%}")
+        for name, loss in zip(("held-out perplexity at first", "at last"), self.held_out, strict=False):
+            table.add_row(name, f"{math.exp(loss):.2f}")
+        if self.teacher is not None:
+            table.add_row("of the teacher", f"{math.exp(self.teacher):.2f}")
+        for each in self.verdicts:
+            passkey = "" if each.passkey is None else f", passkey {each.passkey:.0%}"
+            table.add_row(f"decoding, {each.policy}", f"{each.perplexity:.2f}{passkey}, {each.cache_bytes} bytes")
+        return table
+
+    def _end(self) -> str:
+        if not self.finished:
+            return f"stopped after {self.steps[-1]} steps of stage {len(self.steps) - 1}; --resume goes on"
+        return f"{' + '.join(map(str, self.steps))} steps, {self.model}"
 
 
 def run_job(
@@ -135,7 +162,7 @@ def stage_folder(job: Job, stage: int) -> Path:
 
 
 def _teacher(job: Job, source: Model) -> Model:
-    if job.teacher.model is None:
+    if job.teacher.model in (None, job.model):
         return source
     return kvx.load(job.teacher.model, dtype=jnp.dtype(job.teacher.dtype))[0]
 
@@ -198,7 +225,7 @@ def _claim(folder: Path, job: Job, resume: bool) -> None:
 
 
 def _save(student: Model, material: Material, folder: Path) -> None:
-    """Write the model; a run that ended between its last step and this point is resumed to here, and may write again."""
+    """Write the model, unless a run that was ended while it was judged has done so."""
     if not folder.exists():
         kvx.save(student, material.tokenizer, folder)
 

@@ -54,8 +54,6 @@ class Section:
             value = getattr(self, name)
             if not accepts(value, hint):
                 raise BadInput(f"{name}={value!r}; allowed: {allowed(hint)}")
-            if _bare(hint) is float:
-                object.__setattr__(self, name, float(value))  # TOML writes 1 for 1.0
 
 
 def hints(section: type[Section]) -> dict[str, Any]:
@@ -103,10 +101,6 @@ def _matches(value: tuple, inner: tuple) -> bool:
     if inner[-1] is Ellipsis:
         return all(accepts(each, inner[0]) for each in value)
     return len(value) == len(inner) and all(map(accepts, value, inner))
-
-
-def _bare(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _or(parts: Iterator[str] | Any) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from kvx.cli.bench import bench
 from kvx.cli.compare import compare
+from kvx.cli.distill import distill
 from kvx.cli.fetch import fetch
 from kvx.cli.generate import generate
 from kvx.cli.policies import policies
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (fetch, generate, compare, policies):
+for _command in (fetch, generate, compare, policies, distill):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kvx.errors import BadInput
-from kvx.train.data.files import LINES, TABLES, TOKENS, expand, suffix
+from kvx.prose import prose
+from kvx.train.data.files import LINES, PYTHON_DOCS, TABLES, TOKENS, expand, suffix
 from kvx.train.data.tables import read_column
 from kvx.train.data.token_file import TokenFile, map_tokens
 
@@ -48,7 +49,7 @@ def open_documents(
 
     Args:
         paths: .txt, .md or .rst (a document each), .jsonl, .jsonl.gz, .parquet or .arrow (one a row), .npy or .bin
-            (token ids, documents one after the other), folders of them, or Hugging Face datasets on disk.
+            (token ids, documents one after the other), folders of them, or Hugging Face datasets on disk; see `expand`.
         name: of the setting, for refusals.
         field: of a row: a text, or a list of messages.
         end: the token that ends a document in .npy and .bin; None: each file is one document.
@@ -106,6 +107,10 @@ def field_of(where: str, row: Any, field: str) -> Record:
 
 
 def _read(path: Path, field: str, end: int | None, dtype: str) -> Sequence[Record]:
+    if str(path) in PYTHON_DOCS:
+        found = prose()
+        halves = dict(zip(PYTHON_DOCS, (found.haystack, found.held_out), strict=True))
+        return ["\n\n".join(halves[str(path)])]
     kind = suffix(path)
     if kind in LINES:
         return [field_of(where, row, field) for where, row in read_lines(path)]

@@ -12,6 +12,9 @@ TABLES = (".parquet", ".arrow")
 TOKENS = (".npy", ".bin")
 KNOWN = (*TEXT, *LINES, *TABLES, *TOKENS)
 
+PYTHON_DOCS = ("python-docs/first-half", "python-docs/second-half")
+"""Stand for Python's own documentation, a few hundred kilobytes that are always there, so that a job runs as it is."""
+
 
 def suffix(path: Path) -> str:
     """The one of `KNOWN` that the file's name ends with; "" for others."""
@@ -22,7 +25,8 @@ def expand(paths: Sequence[str], name: str, known: Sequence[str] = KNOWN) -> tup
     """The files of paths, in the order of the paths, a folder's by name.
 
     Args:
-        paths: files, folders (searched to any depth), or Hugging Face datasets as `save_to_disk` writes them.
+        paths: files, folders (searched to any depth), Hugging Face datasets as `save_to_disk` writes them, or one of
+            `PYTHON_DOCS`, which comes back as it is.
         name: of the setting, for refusals.
         known: suffixes of files that count.
 
@@ -35,6 +39,8 @@ def expand(paths: Sequence[str], name: str, known: Sequence[str] = KNOWN) -> tup
 
 
 def _files(path: Path, name: str, known: Sequence[str]) -> list[Path]:
+    if str(path) in PYTHON_DOCS:
+        return [path]
     if path.is_file():
         if suffix(path) not in known:
             raise BadInput(f"{name} has {str(path)!r}; allowed: files of {', '.join(known)}, or folders of them")

@@ -1,0 +1,81 @@
+"""Text tokenised once, for corpora beyond memory and machines without the tokenizer: documents end to end in a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import grain
+import numpy as np
+import typer
+
+from kvx.errors import BadInput
+from kvx.train.data.documents import open_documents
+from kvx.train.data.encoding import Encoding
+from kvx.train.data.stream import TOKENISING
+
+
+def tokenise(documents: Sequence[Any], encoding: Encoding, out: Path) -> tuple[int, np.dtype]:
+    """Write the ids of documents one after the other, each with its end, in the machine's byte order.
+
+    Args:
+        documents: in this order.
+        encoding: with a token that ends a document, by which they are told apart again.
+        out: a file, which appears under its name complete or not at all.
+
+    Returns:
+        How many ids, and their dtype: uint16 where the vocabulary fits, uint32 otherwise.
+
+    Raises:
+        BadInput: no such token; a file that cannot be written.
+    """
+    if encoding.end is None:
+        raise BadInput("the tokenizer has no token that ends a text; allowed: one that has")
+    dtype = np.dtype(np.uint16 if encoding.vocabulary <= 1 << 16 else np.uint32)
+    partial, count = out.with_name(f".{out.name}.partial"), 0
+    encoded = grain.MapDataset.source(documents).map(encoding).to_iter_dataset(TOKENISING)
+    try:
+        with open(partial, "wb") as file:
+            for ids in encoded:
+                file.write(ids.astype(dtype).tobytes())
+                count += len(ids)
+        partial.replace(out)
+    except OSError as error:
+        raise BadInput(f"out={str(out)!r} cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return count, dtype
+
+
+def _command(
+    model: Annotated[str, typer.Argument(help="Whose tokenizer: a zoo name, a directory, a .gguf file, a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The file to write, .bin.")],
+    paths: Annotated[list[str], typer.Argument(help="Files or folders, as a job's data.train.")],
+    field: Annotated[str, typer.Option(help="Of a row: a text, or messages.")] = "text",
+) -> None:
+    """Tokenise texts into a .bin file for `data.train` or `data.held_out`.
+
+    Examples:
+
+        python -m kvx.train.data.tokenise smollm2-135m-instruct train.bin texts/
+
+        python -m kvx.train.data.tokenise smollm2-135m-instruct chats.bin chats.jsonl.gz --field messages
+    """
+    from kvx.models.readers import read_checkpoint
+    from kvx.models.tokenizer import Tokenizer
+    from kvx.models.zoo import resolve
+
+    if out.suffix != ".bin":
+        raise BadInput(f"out={str(out)!r}; allowed: a name that ends with .bin")
+    documents = open_documents(paths, "paths", field=field)
+    encoding = Encoding.of(Tokenizer.from_checkpoint(read_checkpoint(resolve(model))))
+    count, dtype = tokenise(documents, encoding, out)
+    print(f'{out}: {count} tokens of {len(documents)} documents; in a job: tokens_dtype = "{dtype}"')
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app.command()(_command)
+
+if __name__ == "__main__":
+    from kvx.cli import run
+
+    run(app, "python -m kvx.train.data.tokenise")

@@ -1,0 +1,91 @@
+"""What a job would do, known without weights: its conversion, its stages, its text. What `--dry-run` prints."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from kvx.train.job import Job
+from kvx.train.job_checks import check_job
+from kvx.train.material import read_material
+from kvx.train.mesh import make_placement
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage: its kind, optimizer steps, tokens in all, and tokens of a step."""
+
+    kind: str
+    steps: int
+    tokens: int
+    tokens_of_a_step: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that was checked.
+
+    Attributes:
+        name, model, teacher, recipe: as the job has them.
+        output: folder of the run.
+        mesh: devices along each axis.
+        documents, held_out, pairs: how many there are.
+        stages: in order.
+    """
+
+    name: str
+    model: str
+    teacher: str
+    recipe: str
+    output: str
+    mesh: dict[str, int]
+    documents: int
+    held_out: int
+    pairs: int
+    stages: tuple[PlannedStage, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = Table(title=f"{self.name}: {self.recipe} of {self.model}, taught by {self.teacher}")
+        for name in ("stage", "steps", "tokens", "of a step"):
+            table.add_column(name, justify="right")
+        for index, stage in enumerate(self.stages):
+            table.add_row(
+                f"{index} {stage.kind}", f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.tokens_of_a_step:,}"
+            )
+        axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        table.caption = f"{self.documents:,} documents, {self.held_out:,} held out, {self.pairs:,} pairs; {axes}"
+        return table
+
+
+def plan_job(job: Job) -> Plan:
+    """Check a job as a run would, reading everything but weights.
+
+    Raises:
+        BadInput: as `kvx.train.run.run_job`.
+    """
+    material = read_material(job, check_job(job))
+    options = ", ".join(f"{name}={value}" for name, value in job.convert.options.items())
+    return Plan(
+        name=job.name,
+        model=job.model,
+        teacher=job.teacher.model or job.model,
+        recipe=f"{job.convert.recipe}({options})",
+        output=str(job.output),
+        mesh=dict(make_placement(job.mesh).mesh.shape),
+        documents=len(material.train),
+        held_out=len(material.held_out),
+        pairs=len(material.pairs),
+        stages=tuple(_planned(job, index) for index in range(len(job.stages))),
+    )
+
+
+def _planned(job: Job, index: int) -> PlannedStage:
+    stage = job.stages[index]
+    row = job.data.sequence if stage.kind == "distill" else 2 * job.data.pairs.sequence
+    steps = stage.total_steps(job.data.sequence)
+    return PlannedStage(stage.kind, steps, steps * stage.batch * row, stage.batch * row)
