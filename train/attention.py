@@ -1,7 +1,7 @@
 """Causal attention of whole rows of text, differentiable, on a mesh: each device attends its own rows and heads.
 
-Where tokens stand is known statically here (token i sees tokens 0 to i of its document), which caches and ragged
-prompts cannot promise; that is what cuDNN's fused attention asks for, on GPUs that have it.
+Where tokens stand is known statically here: token i sees tokens 0 to i, if a row is one document. Caches and ragged
+prompts cannot promise that, and cuDNN's fused attention asks for it, on GPUs that have it.
 """
 
 from functools import partial
@@ -52,8 +52,8 @@ def causal_attention(
 
 
 def _attend(queries, keys, values, segments, *, spec: AttentionSpec):
-    if target_platform() == "gpu" and _fused_takes(queries, values, spec):
-        return _fused(queries, keys, values, segments, spec)
+    if target_platform() == "gpu" and segments is None and _fused_takes(queries, values, spec):
+        return _fused(queries, keys, values, spec)
     batch, length, kv_heads, _ = keys.shape
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     grouped = queries.reshape(batch, length, kv_heads, -1, queries.shape[-1])
@@ -77,14 +77,12 @@ def _fused_takes(queries: Array, values: Array, spec: AttentionSpec) -> bool:
     return queries.dtype in (jnp.bfloat16, jnp.float16) and narrow and spec.softcap is None
 
 
-def _fused(queries, keys, values, segments, spec: AttentionSpec):
+def _fused(queries, keys, values, spec: AttentionSpec):
     """cuDNN's attention: keys and values of one width that 8 divides, which zeros make up without changing anything."""
     width = -(-max(queries.shape[-1], values.shape[-1]) // 8) * 8
     wide = [jnp.pad(x, ((0, 0),) * 3 + ((0, width - x.shape[-1]),)) for x in (queries, keys, values)]
-    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     out = jax.nn.dot_product_attention(
         *wide,
-        mask=mask,
         scale=spec.scale,
         is_causal=True,
         local_window_size=None if spec.window is None else (spec.window - 1, 0),

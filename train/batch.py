@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import Bool, Integer
 
-from kvx.pytree import pytree
+from kvx.pytree import pytree, static
 
 
 @pytree
@@ -16,12 +16,14 @@ class Batch:
         segments: the document of each token, counted from 1 in every row; 0 is padding.
         positions: within the document.
         mask: tokens that are to be learned.
+        packed: False: every row is one document without padding, which attention need not look up.
     """
 
     tokens: Integer[Any, "*parts B T"]
     segments: Integer[Any, "*parts B T"]
     positions: Integer[Any, "*parts B T"]
     mask: Bool[Any, "*parts B T"]
+    packed: bool = static(True)
 
 
 @pytree

@@ -1,4 +1,4 @@
-"""What a compiled program sends between chips: collectives by kind, how often each runs, and the bytes that it yields."""
+"""What a compiled program sends between chips: collectives by kind, how often each runs, and what bytes it yields."""
 
 import math
 import re

@@ -113,8 +113,8 @@ def join_processes(coordinator: str | None = None, processes: int | None = None,
     Args:
         coordinator: address:port of process 0; None: JAX_COORDINATOR_ADDRESS of the environment.
         processes: their number; None: JAX_NUM_PROCESSES.
-        process: which this is; None: JAX_PROCESS_ID. Where a cluster's own environment says (TPU pods, Slurm), all three
-            may stay None: set JAX_COORDINATOR_ADDRESS=auto.
+        process: which this is; None: JAX_PROCESS_ID. Where a cluster's own environment says all three (TPU pods,
+            Slurm), coordinator="auto" is enough.
 
     Raises:
         BadInput: some of the three without the others.

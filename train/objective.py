@@ -79,7 +79,7 @@ class Distillation:
         return run(
             model,
             batch.tokens,
-            batch.segments,
+            batch.segments if batch.packed else None,
             batch.positions,
             placement=self.placement,
             remat=remat,

@@ -83,4 +83,4 @@ def window_batch(rows: Integer[np.ndarray, "B T"]) -> Batch:
     """Rows of one document each."""
     tokens = rows.astype(np.int32)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return Batch(tokens, np.ones_like(tokens), positions, np.ones(tokens.shape, bool))
+    return Batch(tokens, np.ones_like(tokens), positions, np.ones(tokens.shape, bool), packed=False)

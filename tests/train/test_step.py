@@ -1,5 +1,7 @@
 """Claims about the training step: meshes, accumulation, precision, what trains, clipping, and the running mean."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,12 +51,13 @@ def test_a_mesh_has_the_loss_curve_of_one_device_for_a_while():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     "axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 2, "sequence": 2}]
 )
-def test_a_mesh_has_the_loss_curve_of_one_device(axes):
+def test_a_mesh_has_the_loss_curve_of_one_device(axes, packed):
     """With a teacher over 50 steps, as above."""
-    one, many = curve(stage(), one_device()), curve(stage(), mesh(**axes))
+    one, many = (curve(stage(), each, packed=packed) for each in (one_device(), mesh(**axes)))
     np.testing.assert_allclose(one, many, atol=1e-4)
     assert one[-1] < one[0] - 0.3, "a curve that does not fall proves little"
 
@@ -119,7 +122,7 @@ def test_training_moves_what_is_chosen_and_nothing_else():
 @pytest.mark.slow
 def test_a_lone_document_is_the_same_with_and_without_padding_or_neighbours():
     """The loss of a document, alone in a row, behind another one, and before padding."""
-    made, batch, half = make_step(stage(), one_device()), batches(1)[0], LENGTH // 2
+    made, batch, half = make_step(stage(), one_device()), replace(batches(1)[0], packed=True), LENGTH // 2
     alone = jax.tree.map(lambda array: array[:, :half].copy(), batch)
     padded, packed = (jax.tree.map(np.array, batch) for _ in range(2))
     padded.segments[:, half:] = 0

@@ -7,7 +7,7 @@ is one run in a process of its own, for tests that kill it.
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -82,12 +82,16 @@ def make_step(section, placement, converted=None, minimised=None):
     return step, state, frozen, guide.placed(placement, guide.arrays(teacher))
 
 
-def curve(section, placement, steps=None):
-    """Losses of a run without a loop around it."""
+def curve(section, placement, steps=None, packed=False):
+    """Losses of a run without a loop around it; packed rows hold two documents."""
     step, state, frozen, teacher = make_step(section, placement)
     windows, losses = Windows(text(), LENGTH, section.batch), []
     for _ in range(steps or section.steps):
-        state, numbers = step(state, frozen, teacher, step.place_batch(next(windows)))
+        batch = next(windows)
+        if packed:
+            second = np.arange(LENGTH) >= LENGTH // 3
+            batch = replace(batch, segments=batch.segments + second, packed=True)
+        state, numbers = step(state, frozen, teacher, step.place_batch(batch))
         losses.append(numbers["loss"])
     return np.array([float(loss) for loss in losses])
 
