@@ -26,6 +26,7 @@ def ragged_decode_attention(
     key_positions: Int[Array, "B N"] | None = None,
     *,
     scale: float,
+    value_dim: int | None = None,
     longest: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -38,14 +39,15 @@ def ragged_decode_attention(
 
     Args:
         queries: rotated, R query heads for each KV head, bfloat16 or float32.
-        keys: rotated, bfloat16 or float32; with the values behind them (E = D + V) if `values` is None: one row a slot,
-            which a TPU needs where D and V are not multiples of 128.
-        values: or None.
+        keys: rotated, bfloat16 or float32, E = D.
+        values: None: the last V channels of a row of keys are its value. E = D + V with the value behind the key, which
+            a TPU needs where D and V are not multiples of 128; E = D where channels of the key are the value (MLA).
         starts: first slot of each head's run.
         lengths: slots of it; 0 gives (0, -inf).
         query_positions: true positions; None where `key_positions` is.
         key_positions: true positions, -1 where a slot is empty; None: every slot of a run is held and seen.
         scale: of the logits.
+        value_dim: V, where `values` is None; None: E - D.
         longest: static bound on `lengths`; None: N.
         window: sliding window in positions, or None.
         softcap: logits become softcap tanh(logits / softcap), or None.
@@ -59,7 +61,7 @@ def ragged_decode_attention(
     Raises:
         ValueError: arguments that do not belong together, or a named implementation that does not take them.
     """
-    _check(queries, keys, values, query_positions, key_positions, window)
+    value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window)
     batch, rows, _ = keys.shape
     longest = rows if longest is None else longest
     if not 0 <= longest <= rows:
@@ -68,6 +70,7 @@ def ragged_decode_attention(
         by_list(queries),
         keys.reshape(batch * rows, -1),
         None if values is None else values.reshape(batch * rows, -1),
+        value_dim,
         lengths.reshape(-1),
         (starts + rows * jnp.arange(batch, dtype=starts.dtype)[:, None]).reshape(-1),
         None,
@@ -86,6 +89,7 @@ def ragged_decode_attention(
         lengths,
         _positions(query_positions, queries),
         key_positions,
+        value_dim=value_dim,
         **masking,
     )
     return attend("ragged_decode_attention", reads, plain, _by_head(queries), masking, implementation, tuning)
@@ -101,6 +105,7 @@ def paged_decode_attention(
     key_positions: Int[Array, "N p"] | None = None,
     *,
     scale: float,
+    value_dim: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
@@ -112,11 +117,10 @@ def paged_decode_attention(
 
     Args:
         queries: as of `ragged_decode_attention`.
-        keys: N pages of p slots; joined with the values if those are None.
-        values: or None.
+        keys, values: N pages of p slots.
         table: page of each p slots of a head, in order; arbitrary beyond its length.
         lengths: slots of each head, at most P p; 0 gives (0, -inf).
-        query_positions, key_positions, scale, window, softcap, implementation, tuning: as there.
+        query_positions, key_positions, scale, value_dim, window, softcap, implementation, tuning: as there.
 
     Returns:
         out (B, G, R, T, V) and lse (B, G, R, T), float32.
@@ -124,12 +128,13 @@ def paged_decode_attention(
     Raises:
         ValueError: arguments that do not belong together, or a named implementation that does not take them.
     """
-    _check(queries, keys, values, query_positions, key_positions, window)
+    value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window)
     pages, page, _ = keys.shape
     reads = Reads(
         by_list(queries),
         keys.reshape(pages * page, -1),
         None if values is None else values.reshape(pages * page, -1),
+        value_dim,
         lengths.reshape(-1),
         None,
         table.reshape(-1, table.shape[-1]),
@@ -148,6 +153,7 @@ def paged_decode_attention(
         lengths,
         _positions(query_positions, queries),
         key_positions,
+        value_dim=value_dim,
         **masking,
     )
     return attend("paged_decode_attention", reads, plain, _by_head(queries), masking, implementation, tuning)
@@ -185,23 +191,35 @@ def _by_head(queries: Float[Array, "B G R T D"]) -> Callable[[Partial], Partial]
     return lambda part: Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
 
 
-def _check(
+def check(
     queries: Array,
     keys: Array,
     values: Array | None,
+    value_dim: int | None,
     query_positions: Array | None,
     key_positions: Array | None,
     window: int | None,
-) -> None:
+) -> int:
+    """Width of the values.
+
+    Raises:
+        ValueError: arguments that do not belong together.
+    """
     dim, width = queries.shape[-1], keys.shape[-1]
-    if values is None and width <= dim:
-        raise ValueError(f"keys have {width} channels, without values allowed are more than the queries' {dim}")
     if values is not None and width != dim:
         raise ValueError(f"keys have {width} channels, allowed are the queries' {dim}")
+    if values is None and width < dim:
+        raise ValueError(f"keys have {width} channels, allowed are at least the queries' {dim}")
+    if values is not None and value_dim not in (None, values.shape[-1]):
+        raise ValueError(f"value_dim is {value_dim}, allowed is the values' {values.shape[-1]}, or None")
+    found = values.shape[-1] if values is not None else width - dim if value_dim is None else value_dim
+    if not 0 < found <= (width if values is None else found):
+        raise ValueError(f"value_dim is {found}, allowed are 1 to the {width} channels of a row of keys")
     if (query_positions is None) != (key_positions is None):
         raise ValueError("query_positions and key_positions are given together or not at all, one of them is None")
     if window is not None and key_positions is None:
         raise ValueError(f"window is {window}, without positions allowed is None")
+    return found
 
 
 def _positions(positions: Int[Array, "B T"] | None, queries: Float[Array, "B G R T D"]) -> Int[Array, "B T"]:

@@ -131,7 +131,7 @@ def attend(reads: Reads, scale: float, window: int | None, softcap: float | None
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="ragged_decode_attention",
     )(reads.lengths, starts, *(array for array, _ in operands.values()))
-    return Partial(out[..., dim:] if joined else out, lse[..., 0])
+    return Partial(out[..., value_width - reads.value_dim :], lse[..., 0])
 
 
 def _sublanes(reads: Reads) -> int:

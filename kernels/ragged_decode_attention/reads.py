@@ -17,8 +17,10 @@ class Reads:
 
     Attributes:
         queries: rotated.
-        keys: one row a slot, all lists' together; with the values behind the keys if `values` is None.
+        keys: one row a slot, all lists' together; the first D channels are its key, and the last V its value if
+            `values` is None.
         values: or None.
+        value_dim: V.
         lengths: slots of each list.
         starts: first row of each list that is a run.
         table: pages of each list that is not; entries beyond its length are arbitrary.
@@ -30,6 +32,7 @@ class Reads:
     queries: Float[Array, "L M D"]
     keys: Float[Array, "N E"]
     values: Float[Array, "N V"] | None
+    value_dim: int
     lengths: Int[Array, "L"]
     starts: Int[Array, "L"] | None
     table: Int[Array, "L W"] | None
@@ -37,11 +40,6 @@ class Reads:
     longest: int
     query_positions: Int[Array, "L M"] | None
     key_positions: Int[Array, "N"] | None
-
-    @property
-    def value_dim(self) -> int:
-        """Width of the output."""
-        return self.keys.shape[1] - self.queries.shape[2] if self.values is None else self.values.shape[1]
 
     def rows(self, slots: Int[Array, "L S"]) -> Int[Array, "L S"]:
         """The row of each slot, in range also where the list has none."""

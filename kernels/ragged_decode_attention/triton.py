@@ -169,7 +169,8 @@ def _attend(
         else:
             row = given["starts"][one] + slots
         keys = plgpu.load(keys_ref.at[_channels(row, 0, dim)], mask=held[:, None], other=0.0)
-        values_ref, first = (given["values"], 0) if "values" in given else (keys_ref, dim)
+        values_ref = given.get("values", keys_ref)
+        first = values_ref.shape[1] - value_dim
         values = plgpu.load(values_ref.at[_channels(row, first, value_dim)], mask=held[:, None], other=0.0)
         logits = scale * _dot(queries, keys.astype(dtype), 1)
         if softcap is not None:

@@ -28,15 +28,17 @@ def attend_runs(
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B N"] | None,
     *,
+    value_dim: int,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Partial:
     """Partial softmax of every head over its run."""
-    keys, values = _apart(keys, values, queries.shape[-1])
+    keys, values = apart(keys, values, queries.shape[-1], value_dim)
     if queries.shape[1] > 1:
         return _masked(queries, keys, values, starts, lengths, query_positions, key_positions, scale, window, softcap)
     rows = keys.shape[1]
+    masking = {"scale": scale, "window": window, "softcap": softcap, "implementation": "xla"}
 
     def turn(step: Int[Array, ""], part: Partial) -> Partial:
         offset = step * BLOCK + jnp.arange(BLOCK)
@@ -45,7 +47,6 @@ def attend_runs(
         slots = 0 if key_positions is None else jnp.take_along_axis(key_positions, index, axis=1)
         slots = jnp.where(held, slots, -1)[:, None]
         some = (jnp.take_along_axis(each, index[..., None], axis=1)[:, None] for each in (keys, values))
-        masking = {"scale": scale, "window": window, "softcap": softcap}
         return merge_partials(part, decode_attention(queries, *some, query_positions, slots, **masking))
 
     turns = (jnp.max(lengths, initial=0) + BLOCK - 1) // BLOCK
@@ -84,14 +85,16 @@ def attend_pages(
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "N p"] | None,
     *,
+    value_dim: int,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Partial:
     """Partial softmax of every head over the pages that its table names."""
-    keys, values = _apart(keys, values, queries.shape[-1])
+    keys, values = apart(keys, values, queries.shape[-1], value_dim)
     page = keys.shape[1]
     per_turn = max(TURN // page, 1)
+    masking = {"scale": scale, "window": window, "softcap": softcap, "implementation": "xla"}
 
     def turn(step: Int[Array, ""], part: Partial) -> Partial:
         runs = step * per_turn + jnp.arange(per_turn)
@@ -102,7 +105,6 @@ def attend_pages(
         slots = jnp.where(place < lengths[..., None], slots, -1)
         # Zeros where there is no token, since 0 * nan would be nan.
         some = (jnp.where((slots >= 0)[..., None], each[pages].reshape(*shape, -1), 0) for each in (keys, values))
-        masking = {"scale": scale, "window": window, "softcap": softcap}
         return merge_partials(part, decode_attention(queries, *some, query_positions, slots, **masking))
 
     width = per_turn * page
@@ -110,8 +112,9 @@ def attend_pages(
     return jax.lax.fori_loop(0, turns, turn, _nothing(queries, values))
 
 
-def _apart(keys: Array, values: Array | None, dim: int) -> tuple[Array, Array]:
-    return (keys[..., :dim], keys[..., dim:]) if values is None else (keys, values)
+def apart(keys: Array, values: Array | None, dim: int, value_dim: int) -> tuple[Array, Array]:
+    """Keys and values of rows that may hold both: the first channels, and the last."""
+    return keys[..., :dim], keys[..., keys.shape[-1] - value_dim :] if values is None else values
 
 
 def _nothing(queries: Float[Array, "B G R T D"], values: Float[Array, "*any V"]) -> Partial:

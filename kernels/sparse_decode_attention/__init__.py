@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.merge_partials import Partial
-from kvx.kernels.ragged_decode_attention import attend
+from kvx.kernels.ragged_decode_attention import attend, check
 from kvx.kernels.ragged_decode_attention.reads import Reads
 from kvx.kernels.sparse_decode_attention import xla
 from kvx.kernels.sparse_decode_attention.choices import by_choice, by_head
@@ -23,6 +23,7 @@ def sparse_decode_attention(
     *,
     page: int,
     scale: float,
+    value_dim: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
@@ -32,14 +33,15 @@ def sparse_decode_attention(
 
     Args:
         queries: rotated, R query heads for each KV head, bfloat16 or float32.
-        keys: rotated, a whole number of pages of slots; with the values behind them (E = D + V) if `values` is None.
-        values: or None.
+        keys: rotated, a whole number of pages of slots.
+        values: None: the last V channels of a row of keys are its value, as of `ragged_decode_attention`.
         query_positions: true positions.
         key_positions: true positions, -1 where a slot is empty.
         chosen: indices of distinct pages, from the first -1 on none; K choices of a KV head, each for R / K of its
             query heads in turn, and one for each query (U = T) or for all of them (U = 1).
         page: slots a page; 1: slots are chosen singly.
         scale: of the logits.
+        value_dim: V, where `values` is None; None: E - D.
         window: sliding window in positions, or None.
         softcap: logits become softcap tanh(logits / softcap), or None.
         implementation: "reference", "xla", "mosaic_tpu" (whole tiles of slots a page: 16 in bfloat16, 8 in float32),
@@ -52,7 +54,7 @@ def sparse_decode_attention(
     Raises:
         ValueError: arguments that do not belong together, or a named implementation that does not take them.
     """
-    batch, heads, group, length, dim = queries.shape
+    batch, heads, group, length, _ = queries.shape
     capacity, width = keys.shape[2:]
     sets, spread, count = chosen.shape[2:]
     if page < 1 or capacity % page:
@@ -61,14 +63,14 @@ def sparse_decode_attention(
         raise ValueError(f"chosen has {sets} choices a KV head, allowed are divisors of its {group} query heads")
     if spread not in (1, length):
         raise ValueError(f"chosen has choices for {spread} queries, allowed are 1 or {length}")
-    if (values is None and width <= dim) or (values is not None and width != dim):
-        raise ValueError(f"keys have {width} channels, allowed are the queries' {dim}, or more if values is None")
+    value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window)
     heads_first = (jnp.arange(batch * heads, dtype=jnp.int32) * (capacity // page)).reshape(batch, heads, 1, 1, 1)
     table = jnp.where(chosen >= 0, chosen + heads_first, 0).astype(jnp.int32)
     reads = Reads(
         by_choice(queries, sets, spread),
         keys.reshape(-1, width),
         None if values is None else values.reshape(-1, values.shape[-1]),
+        value_dim,
         (jnp.sum(chosen >= 0, axis=-1, dtype=jnp.int32) * page).reshape(-1),
         None,
         table.reshape(-1, count),
@@ -78,7 +80,9 @@ def sparse_decode_attention(
         key_positions.reshape(-1),
     )
     masking = {"scale": scale, "window": window, "softcap": softcap}
-    plain = partial(xla.attend, queries, keys, values, query_positions, key_positions, chosen, page, **masking)
+    plain = partial(
+        xla.attend, queries, keys, values, query_positions, key_positions, chosen, page, value_dim=value_dim, **masking
+    )
     shape = (batch, heads, sets, spread, group // sets, length // spread)
     return attend(
         "sparse_decode_attention", reads, plain, lambda part: by_head(part, shape), masking, implementation, tuning

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from kvx.kernels.logits import partial_softmax, scaled_logits, visible
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.ragged_decode_attention.xla import apart
 from kvx.kernels.sparse_decode_attention.choices import by_choice, by_head
 
 
@@ -17,6 +18,7 @@ def attend(
     chosen: Int[Array, "B G K U N"],
     page: int,
     *,
+    value_dim: int,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -34,8 +36,7 @@ def attend(
         return rows.reshape(*lists, count * page, *rest)
 
     slots = jnp.where(jnp.repeat(chosen >= 0, page, axis=-1).reshape(*lists, -1), gathered(key_positions), -1)
-    some = gathered(keys)
-    some, other = (some[..., :dim], some[..., dim:]) if values is None else (some, gathered(values))
+    some, other = apart(gathered(keys), None if values is None else gathered(values), dim, value_dim)
     positions = jnp.broadcast_to(query_positions[:, None, None], queries.shape[:4])
     positions = by_choice(positions, sets, spread).reshape(*lists, -1)
     asked = by_choice(queries, sets, spread).reshape(*lists, -1, dim)
