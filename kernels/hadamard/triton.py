@@ -68,16 +68,17 @@ def hadamard(x: Float[Array, "*batch N M"], *, axis: int, tuning: Tuning | None 
 def _kernel(signs_ref, x_ref, out_ref, *, length, block, steps, rows_last):
     matrix, channels = signs_ref[...], signs_ref.shape[0]
     precision = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
-    row, index = pl.program_id(1), jnp.arange(channels)
+    row, first, index = pl.program_id(1), pl.program_id(0) * steps * block, jnp.arange(channels)
 
     def step(turn, carry):
-        slots = (pl.program_id(0) * steps + turn) * block + jnp.arange(block)
+        slots = first + turn * block + jnp.arange(block)
         if rows_last:
             where, kept = (row, index[:, None], slots[None, :]), (slots < length)[None, :]
         else:
             where, kept = (row, slots[:, None], index[None, :]), (slots < length)[:, None]
         tile = plgpu.load(x_ref.at[where], mask=kept, other=0)
-        product = pl.dot(matrix, tile, precision=precision) if rows_last else pl.dot(tile, matrix, precision=precision)
+        pair = (matrix, tile) if rows_last else (tile, matrix)
+        product = jnp.dot(*pair, precision=precision, preferred_element_type=jnp.float32)
         plgpu.store(out_ref.at[where], (product * channels**-0.5).astype(out_ref.dtype), mask=kept)
         return carry
 

@@ -204,9 +204,10 @@ def _padded(channels: int) -> int:
     return max(pl.next_power_of_2(channels), 16)
 
 
-def _dot(a, b, **transposed):
+def _dot(a, b, contracted):
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return pl.dot(a, b, precision=precision, **transposed)
+    dims = (((1,), (contracted,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _kernel(queries_ref, spots_ref, places_ref, bias_ref, held, out_ref, lse_ref, *, work):
@@ -235,10 +236,10 @@ def _kernel(queries_ref, spots_ref, places_ref, bias_ref, held, out_ref, lse_ref
         scores = jnp.zeros((work.lines, work.block), jnp.float32)
         if asked_rotary is not None:
             rotary = work.rows(held[0], row, slots, turned, turned < work.rotary).astype(dtype)
-            scores += _dot(asked_rotary, rotary, trans_b=True)
+            scores += _dot(asked_rotary, rotary, 1)
         latents = work.latents(held, row, slots, dtype)
         for query, tile in zip(asked_latent, latents, strict=True):
-            scores += _dot(query, tile, trans_b=True)
+            scores += _dot(query, tile, 1)
         scores *= work.scale
         if work.softcap is not None:
             scores = work.softcap * jnp.tanh(scores / work.softcap)
@@ -256,7 +257,7 @@ def _kernel(queries_ref, spots_ref, places_ref, bias_ref, held, out_ref, lse_ref
         shrink = jnp.exp2(top_before - top)
         total = shrink * total + jnp.sum(weights, axis=1)
         rounded = weights.astype(dtype)
-        accs = [acc * shrink[:, None] + _dot(rounded, tile) for acc, tile in zip(accs, latents, strict=True)]
+        accs = [acc * shrink[:, None] + _dot(rounded, tile, 0) for acc, tile in zip(accs, latents, strict=True)]
         return top, total, accs
 
     reach = jnp.int32(work.slots)

@@ -1,92 +1,132 @@
-"""Uniform codes: quantize groups asymmetrically, pack codes little-end into 32-bit words, and back.
+"""Uniform codes of groups in 32-bit words: quantize and pack in one pass, unpack and dequantize in one pass.
 
-One layout for stores and kernels: code i of a group sits at bit i * bits of the group's little-end bit string, in
-32-bit words; 3-bit codes come as 32 codes in 3 words. Scale and minimum are 16-bit (bfloat16, which a TPU reads
-natively), and codes are chosen against the rounded scale and minimum, so that their rounding costs no accuracy twice.
+One layout for stores and kernels: little-end codes in words with slots last (`coded`), chosen as in `uniform_codes`.
+The fused forms hold no array of single codes in main memory.
 """
 
+from functools import partial
+from importlib import import_module
+from typing import Any, Literal
+
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, UInt8, UInt32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
-BITS = (2, 3, 4, 8)
-"""Widths that pack."""
+from kvx.kernels.implementations import choose
+from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
+from kvx.kernels.quantize_pack.uniform_codes import (
+    BITS,
+    dequantize,
+    pack,
+    quantize,
+    quantize_residual,
+    unpack,
+    words,
+)
 
-ROUNDING = 2.0**-8
-"""One unit in the last place of a bfloat16, relative: rounding to nearest after this shift rounds up."""
+__all__ = [
+    "BITS",
+    "dequantize",
+    "pack",
+    "quantize",
+    "quantize_pack",
+    "quantize_residual",
+    "unpack",
+    "unpack_dequantize",
+    "words",
+]
+
+NAMES = ("reference", "xla", "mosaic_tpu", "triton")
+"""Implementations: one file each, loaded when it is first asked for."""
 
 
-def quantize(
-    x: Float[Array, "*batch n"], bits: int
-) -> tuple[UInt8[Array, "*batch n"], BFloat16[Array, "*batch"], BFloat16[Array, "*batch"]]:
-    """Codes of groups laid along the last axis: c = round((x - m) / s), s = (max - min) / (2^bits - 1).
+def quantize_pack(
+    rows: Float[Array, "B G P D"] | Float[Array, "B G D P"],
+    *,
+    bits: int,
+    group: int,
+    along: Literal["channels", "slots"],
+    slots_last: bool = False,
+    implementation: str | None = None,
+    tuning: Any = None,
+) -> ChannelCodes | TokenCodes:
+    """Codes c = round((x - m) / s) of groups of n numbers, s = (max - min) / (2^bits - 1), with their s and m.
+
+    KIVI's keys share a range along slots, its values along channels (Liu et al. 2024, section 3).
+
+    Args:
+        rows: P slots of D channels, float32 or bfloat16.
+        bits: 2, 3, 4 or 8.
+        group: n, a divisor of D (along channels) or of P (along slots).
+        along: the axis that groups run along.
+        slots_last: whether rows are (B, G, D, P). On a TPU a head dim of 64 as the last axis would be padded.
+        implementation: "reference", "xla", "mosaic_tpu", "triton", or None, which picks by platform.
+        tuning: block sizes of the named implementation (its `Tuning`); None: its own.
 
     Returns:
-        codes, scale s, minimum m; the error is at most s / 2 everywhere. A group of zeros has s = 1.
+        `TokenCodes` of groups along channels, `ChannelCodes` of groups along slots.
+
+    Raises:
+        ValueError: bits, group or along out of range, or what the named implementation cannot take.
     """
-    x = x.astype(jnp.float32)
-    low, high = jnp.min(x, axis=-1), jnp.max(x, axis=-1)
-    # The minimum is rounded down and the scale up, so that no element falls outside the codes: |error| <= s / 2.
-    minimum = (low - jnp.abs(low) * ROUNDING).astype(jnp.bfloat16)
-    spread = high - minimum.astype(jnp.float32)
-    scale = jnp.where(spread > 0, spread * (1 + ROUNDING) / (2**bits - 1), 1.0).astype(jnp.bfloat16)
-    steps = (x - minimum.astype(jnp.float32)[..., None]) / scale.astype(jnp.float32)[..., None]
-    return jnp.clip(jnp.round(steps), 0, 2**bits - 1).astype(jnp.uint8), scale, minimum
+    channels, slots = rows.shape[-2:] if slots_last else rows.shape[:-3:-1]
+    _check(channels, slots, bits, group, along)
+    run = choose(
+        "quantize_pack",
+        implementation,
+        {name: partial(_run, name, "quantize_pack") for name in NAMES},
+        lambda name: _run(name, "refusal", channels, slots, bits, group, along, tuning),
+    )
+    return run(rows, bits=bits, group=group, along=along, slots_last=slots_last, tuning=tuning)
 
 
-def dequantize(
-    codes: UInt8[Array, "*batch n"], scale: Float[Array, "*batch"], minimum: Float[Array, "*batch"]
-) -> Float[Array, "*batch n"]:
-    """c * s + m in float32."""
-    wide = codes.astype(jnp.float32)
-    return wide * scale.astype(jnp.float32)[..., None] + minimum.astype(jnp.float32)[..., None]
+def unpack_dequantize(
+    codes: ChannelCodes | TokenCodes,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    slots_last: bool = False,
+    implementation: str | None = None,
+    tuning: Any = None,
+) -> Float[Array, "B G P D"] | Float[Array, "B G D P"]:
+    """Rows c s + m, computed in float32: within half a step of what `quantize_pack` was given.
 
+    Args:
+        codes: not nested.
+        dtype: of the rows.
+        slots_last: whether they are to be (B, G, D, P).
+        implementation, tuning: as for `quantize_pack`.
 
-def quantize_residual(
-    x: Float[Array, "*batch n"],
-    codes: UInt8[Array, "*batch n"],
-    scale: Float[Array, "*batch"],
-    minimum: Float[Array, "*batch"],
-    bits: int,
-) -> UInt8[Array, "*batch n"]:
-    """What `quantize` left, in as many bits again: l = round((x - c s - m) / (s / 2^bits)), offset by 2^(bits - 1).
-
-    Both together are one code of twice the width, (2^bits c + l) (s / 2^bits) + m with l from -2^(bits - 1). The error
-    is at most s / 2^(bits + 1), except where the rest is within that of +s / 2, which has no code: up to s / 2^bits.
+    Raises:
+        ValueError: nested codes, or what the named implementation cannot take.
     """
-    half = 2 ** (bits - 1)
-    left = x.astype(jnp.float32) - dequantize(codes, scale, minimum)
-    steps = jnp.round(left * 2**bits / scale.astype(jnp.float32)[..., None])
-    return (jnp.clip(steps, -half, half - 1) + half).astype(jnp.uint8)
+    if codes.lower is not None:
+        raise ValueError("codes have lower codes, allowed: None, since nested codes are decoded by their own method")
+    along = _along(codes)
+    _check(codes.width, codes.slots, codes.bits, codes.group, along)
+    run = choose(
+        "unpack_dequantize",
+        implementation,
+        {name: partial(_run, name, "unpack_dequantize") for name in NAMES},
+        lambda name: _run(name, "refusal", codes.width, codes.slots, codes.bits, codes.group, along, tuning),
+    )
+    return run(codes, dtype=jnp.dtype(dtype), slots_last=slots_last, tuning=tuning)
 
 
-def words(count: int, bits: int) -> int:
-    """32-bit words that `count` codes fill; `count * bits` is a multiple of 32."""
-    assert count * bits % 32 == 0, "checked when a policy is built"
-    return count * bits // 32
+def _run(implementation: str, function: str, *args: Any, **options: Any) -> Any:
+    return getattr(import_module(f"{__name__}.{implementation}"), function)(*args, **options)
 
 
-def pack(codes: UInt8[Array, "*batch n"], bits: int) -> UInt32[Array, "*batch w"]:
-    """Codes along the last axis as little-end words."""
-    count = codes.shape[-1]
-    if bits == 3:
-        # 32 codes are 96 bits: spread each code's bits over the three words it may straddle.
-        threes = codes.reshape(*codes.shape[:-1], count // 32, 32).astype(jnp.uint32)
-        planes = jnp.stack([(threes >> bit) & 1 for bit in range(3)], axis=-1).reshape(*threes.shape[:-1], 3, 32)
-        packed = jnp.sum(planes << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
-        return packed.reshape(*codes.shape[:-1], words(count, bits))
-    per_word = 32 // bits
-    grouped = codes.reshape(*codes.shape[:-1], count // per_word, per_word).astype(jnp.uint32)
-    return jnp.sum(grouped << (bits * jnp.arange(per_word, dtype=jnp.uint32)), axis=-1, dtype=jnp.uint32)
+def _along(codes: ChannelCodes | TokenCodes) -> Literal["channels", "slots"]:
+    return "slots" if isinstance(codes, ChannelCodes) else "channels"
 
 
-def unpack(packed: UInt32[Array, "*batch w"], bits: int) -> UInt8[Array, "*batch n"]:
-    """The codes of `pack`."""
-    if bits == 3:
-        three = packed.reshape(*packed.shape[:-1], packed.shape[-1] // 3, 3)
-        planes = (three[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        planes = planes.reshape(*three.shape[:-1], 32, 3).astype(jnp.uint8)
-        codes = planes[..., 0] | (planes[..., 1] << 1) | (planes[..., 2] << 2)
-        return codes.reshape(*packed.shape[:-1], packed.shape[-1] * 32 // 3)
-    shifts = bits * jnp.arange(32 // bits, dtype=jnp.uint32)
-    codes = (packed[..., None] >> shifts) & (2**bits - 1)
-    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * (32 // bits)).astype(jnp.uint8)
+def _check(channels: int, slots: int, bits: int, group: int, along: str) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits}, allowed: {BITS}")
+    if along not in ("channels", "slots"):
+        raise ValueError(f"along is {along!r}, allowed: 'channels', 'slots'")
+    size = channels if along == "channels" else slots
+    if group < 1 or size % group:
+        raise ValueError(f"group is {group}, allowed: divisors of the {size} {along}")
+    if channels * bits % 32:
+        raise ValueError(f"rows have {channels} channels, allowed at {bits} bits: counts whose codes fill 32-bit words")

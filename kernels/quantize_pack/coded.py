@@ -8,17 +8,17 @@ on the same range, and lies in an array of its own. Read alone, the upper codes 
 lower ones, one of 2b.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, Shaped, UInt32
 
+from kvx.kernels.pytree import pytree
 from kvx.kernels.quantize_pack.uniform_codes import pack, quantize, quantize_residual, unpack
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class ChannelCodes:
     """One range for each channel and block of n slots (KIVI's keys).
 
@@ -87,8 +87,7 @@ class ChannelCodes:
         return range_minimum(self.ranges)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class TokenCodes:
     """One range for each slot and run of n channels (KIVI's values).
 
