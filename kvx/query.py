@@ -8,10 +8,11 @@ from jaxtyping import Array, Float, Int
 
 from kvx.decoder import AttentionSpec
 from kvx.kernels.decode_attention import decode_attention
+from kvx.kernels.latent_decode_attention import latent_decode_attention
+from kvx.kernels.latent_decode_attention.operands import Rows
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree, static
 from kvx.rotary import Rotary
-from kvx.tokens import attended_values
 
 
 @pytree
@@ -65,9 +66,20 @@ class Query:
             values: of width 0 where channels of the keys are the values.
             rotated: the queries as the store rotates them; None: at their true positions.
         """
+        if self.spec.latent:
+            return self.attend_rows(keys[:, 0], slots[:, 0], rotated)
         queries = self.rotated if rotated is None else rotated
-        values = attended_values(keys, values, self.rotary)
         return decode_attention(queries, keys, values, self.positions, slots, **self.masking)
+
+    def attend_rows(
+        self, rows: Rows, slots: Int[Array, "B C"], rotated: Float[Array, "B G R T D"] | None = None
+    ) -> Partial:
+        """As `attend`, of latent attention: over rows [rotary key ; latent], plain or with a coded latent."""
+        queries = jnp.swapaxes((self.rotated if rotated is None else rotated)[:, 0], 1, 2)
+        part = latent_decode_attention(
+            queries, rows, self.positions, slots, value_dim=self.spec.value_dim, **self.masking
+        )
+        return Partial(jnp.swapaxes(part.out, 1, 2)[:, None], jnp.swapaxes(part.lse, 1, 2)[:, None])
 
     @property
     def masking(self) -> dict:

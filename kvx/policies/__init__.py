@@ -11,6 +11,7 @@ from kvx.policies.h2o import h2o
 from kvx.policies.hashevict import hashevict
 from kvx.policies.kivi import kivi
 from kvx.policies.knorm import knorm
+from kvx.policies.latent_codes import latent_codes
 from kvx.policies.less import less
 from kvx.policies.mikv import mikv
 from kvx.policies.minicache import minicache
@@ -42,6 +43,7 @@ __all__ = [
     "hashevict",
     "kivi",
     "knorm",
+    "latent_codes",
     "less",
     "mikv",
     "minicache",

@@ -202,6 +202,9 @@ CASES: dict[str, Case] = {
     "h2o+quest": Case(lambda budget: chain(h2o(budget), quest(budget, page=8, skip=(0,)))),
 }
 
+LATENT = {"latent_codes"}
+"""Methods for latent attention, which the tiny model here does not have: `test_latent_contracts.py` has their cases."""
+
 QUICK = {*names(), "snapkv+kivi", "h2o+kivi"}
 """What `make test` runs; variants of a method and the other chains run with the slower tests."""
 

@@ -15,7 +15,7 @@ from kvx.generate import _decode_step
 from kvx.mesh import RULES, Placement, Rules, place_model
 from kvx.policy_text import parse_policy
 from tests import tiny
-from tests.kvx.contract_cases import less_with_maps
+from tests.kvx.contract_cases import LATENT, less_with_maps
 
 NEW = 8
 # Budgets and groups small enough that every policy evicts, moves or packs within a prompt of 40 tokens.
@@ -84,7 +84,8 @@ def spec(array):
     return array.sharding.spec
 
 
-NAMES = [name for name in kvx.policies.names() if name != "less"]  # its arrays are trained: it has a test of its own
+# The arrays of the first are trained, the second is for latent attention: each has a test of its own.
+NAMES = [name for name in kvx.policies.names() if name not in {"less", *LATENT}]
 
 
 @pytest.mark.parametrize(
