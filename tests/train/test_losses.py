@@ -70,15 +70,20 @@ def dense(kind: str, temperature: float) -> float:
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_losses_of_logits_are_their_formulas(temperature):
     targets, counted = next_tokens(TOKENS, SEGMENTS, MASK)
-    found = logit_losses(
-        STUDENT, unembed, targets, counted, LOGIT_LOSSES, TEACHER, unembed, temperature=temperature, chunk=6
-    )
+
+    @jax.jit
+    def losses(x, y):
+        return logit_losses(x, unembed, targets, counted, LOGIT_LOSSES, y, unembed, temperature=temperature, chunk=6)
+
+    found = losses(STUDENT, TEACHER)
     for kind in DIVERGENCES:
         np.testing.assert_allclose(found[kind], dense(kind, temperature), **CLOSE)
     np.testing.assert_allclose(found["ce"], dense("ce", 1.0), **CLOSE)
 
 
-@pytest.mark.parametrize("chunk", [1, 6, 1000])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(1000, marks=pytest.mark.slow)]
+)
 def test_chunks_change_neither_values_nor_gradients(chunk):
     targets, counted = next_tokens(TOKENS, SEGMENTS, MASK)
 
@@ -92,8 +97,8 @@ def test_chunks_change_neither_values_nor_gradients(chunk):
         found["ce"] = mean_over(cross_entropy(unembed(x), targets), counted)
         return sum(found.values()), found
 
-    (_, one), gradient = jax.value_and_grad(chunked, has_aux=True)(STUDENT)
-    (_, other), expected = jax.value_and_grad(whole, has_aux=True)(STUDENT)
+    (_, one), gradient = jax.jit(jax.value_and_grad(chunked, has_aux=True))(STUDENT)
+    (_, other), expected = jax.jit(jax.value_and_grad(whole, has_aux=True))(STUDENT)
     for name in LOGIT_LOSSES:
         np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)  # the same sums in another order
@@ -126,7 +131,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(kind):
         return jnp.sum(divergence(z, logits, kind, 1.5))
 
     logits = unembed(STUDENT)
-    value, gradient = jax.value_and_grad(loss)(logits)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
     np.testing.assert_allclose(value, 0.0, atol=2e-5)  # rounding of log-softmax, 22 tokens
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
@@ -134,7 +139,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(kind):
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_divergences_survive_logits_that_are_far_apart(kind):
     student, teacher = jnp.asarray([[200.0, 0.0, -200.0]]), jnp.asarray([[-200.0, 0.0, 200.0]])
-    value, gradient = jax.value_and_grad(lambda z: divergence(z, teacher, kind)[0])(student)
+    value, gradient = jax.jit(jax.value_and_grad(lambda z: divergence(z, teacher, kind)[0]))(student)
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
     if kind == "js":
         np.testing.assert_allclose(value, np.log(2.0), rtol=1e-6)
@@ -144,6 +149,7 @@ def test_gradients_are_the_finite_differences():
     targets, counted = next_tokens(TOKENS, SEGMENTS, MASK)
     direction = normal(*STUDENT.shape)
 
+    @jax.jit
     def loss(x):
         logits = logit_losses(x, unembed, targets, counted, LOGIT_LOSSES, TEACHER, unembed, temperature=1.7, chunk=4)
         heads = [side.reshape(BATCH, LENGTH, 2, WIDTH // 2) for side in (x, TEACHER)]
@@ -169,7 +175,7 @@ def test_no_gradient_goes_into_the_teacher():
             + relation_loss(heads[0], heads[1], SEGMENTS, counted)
         )
 
-    np.testing.assert_array_equal(jax.grad(loss)(TEACHER), 0.0)
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(TEACHER), 0.0)
 
 
 def test_only_positions_whose_next_token_is_of_their_document_count():
@@ -187,7 +193,7 @@ def test_nothing_counted_is_zero_and_has_a_finite_gradient():
         found = logit_losses(x, unembed, targets, counted, LOGIT_LOSSES, TEACHER, unembed)
         return sum(found.values()) + hidden_loss(x[None], TEACHER[None], counted)
 
-    value, gradient = jax.value_and_grad(loss)(STUDENT)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(STUDENT)
     assert value == 0
     np.testing.assert_array_equal(gradient, 0.0)
 
@@ -204,8 +210,8 @@ def test_padding_and_packing_change_no_value():
         x[row, :size], y[row, :size], tokens[row, :size] = STUDENT[0, part], TEACHER[0, part], TOKENS[0, part]
     x[0, 5:], y[0, 5:], tokens[0, 5:] = 7.0, -3.0, 11
 
-    def losses(*arrays):
-        x, y, tokens, segments = map(jnp.asarray, arrays)
+    @jax.jit
+    def losses(x, y, tokens, segments):
         targets, counted = next_tokens(tokens, segments, segments > 0)
         found = logit_losses(x, unembed, targets, counted, LOGIT_LOSSES, y, unembed)
         heads = [side.reshape(*side.shape[:2], 2, -1) for side in (x, y)]
@@ -215,8 +221,9 @@ def test_padding_and_packing_change_no_value():
             relation_loss(heads[0], heads[1], segments, counted),
         ]
 
-    packed = losses(STUDENT[:1], TEACHER[:1], TOKENS[:1], SEGMENTS[:1])
-    np.testing.assert_allclose(losses(x, y, tokens, alone), packed, rtol=2e-6)
+    whole = (jnp.concatenate([array[:1], jnp.zeros_like(array[:1])]) for array in (STUDENT, TEACHER, TOKENS, SEGMENTS))
+    packed = losses(*whole)
+    np.testing.assert_allclose(losses(*map(jnp.asarray, (x, y, tokens, alone))), packed, rtol=2e-6)
 
 
 def test_hidden_states_of_other_widths_are_refused():
@@ -248,7 +255,7 @@ def test_relations_are_their_formula(heads_student, heads_teacher, relations):
     student = normal(BATCH, LENGTH, heads_student, 6)
     teacher = normal(BATCH, LENGTH, heads_teacher, 4)
     _, counted = next_tokens(TOKENS, SEGMENTS, MASK)
-    found = relation_loss(student, teacher, SEGMENTS, counted, relations)
+    found = jax.jit(relation_loss, static_argnames="heads")(student, teacher, SEGMENTS, counted, heads=relations)
     heads = relations or max(heads_student, heads_teacher)
     if relations is None:
         student, teacher = (np.repeat(side, heads // side.shape[2], axis=2) for side in (student, teacher))
@@ -260,8 +267,9 @@ def test_relations_do_not_see_an_orthogonal_turn_of_each_head():
     values = normal(BATCH, LENGTH, 3, 6)
     turn = np.linalg.qr(RANDOM.standard_normal((3, 6, 6)))[0].astype(np.float32)
     turned = jnp.einsum("bthd,hde->bthe", values, turn)
-    np.testing.assert_allclose(relation_loss(turned, values, SEGMENTS, counted), 0.0, atol=1e-6)
-    assert relation_loss(values[:, ::-1], values, SEGMENTS, counted) > 1e-2
+    loss = jax.jit(relation_loss)
+    np.testing.assert_allclose(loss(turned, values, SEGMENTS, counted), 0.0, atol=1e-6)
+    assert loss(values[:, ::-1], values, SEGMENTS, counted) > 1e-2
 
 
 def test_relations_refuse_heads_that_do_not_divide():
@@ -295,5 +303,5 @@ def test_log_probabilities_are_those_of_the_dense_softmax():
 
 def test_chunks_cover_every_position_once():
     numbers = jnp.arange(3 * 10, dtype=jnp.float32).reshape(3, 10)
-    for chunk in (1, 7, 9, 30, 100):
+    for chunk in (1, 9, 100):
         np.testing.assert_array_equal(by_chunks(lambda x: 2 * x, (numbers,), chunk), 2 * numbers)

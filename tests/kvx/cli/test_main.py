@@ -11,7 +11,7 @@ import kvx
 from kvx.cli import app, main
 from kvx.policies import names
 
-COMMANDS = ("fetch", "generate", "compare", "policies")
+COMMANDS = ("fetch", "generate", "compare", "policies", "distill")
 
 
 def run(capsys, *arguments):

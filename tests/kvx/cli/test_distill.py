@@ -1,0 +1,167 @@
+"""`kvx distill`: a tiny model through a whole job, stopped and resumed, and what is refused before it begins."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvx
+from kvx.cli import main
+from kvx.models.build import random_model
+from tests.tiny import CONFIG
+from tests.train.letters import letters
+
+JOB = """
+name = "tiny"
+model = "{folder}/source"
+saved_dtype = "float32"
+output = "{folder}/run"
+[convert]
+recipe = "transmla"
+layers = [0, 1]
+calibration_tokens = 128
+[convert.options]
+rank = 48
+rotary = 16
+fold = 2
+[teacher]
+dtype = "float32"
+[data]
+train = ["{folder}/train.jsonl"]
+held_out = ["{folder}/valid.jsonl"]
+sequence = 32
+[data.pairs]
+train = ["{folder}/pairs.jsonl"]
+sequence = 24
+prompt = 12
+[[stages]]
+steps = 12
+batch = 8
+learning_rate = 3e-3
+compute_dtype = "float32"
+train = "attention"
+[[stages]]
+kind = "dpo"
+steps = 2
+batch = 8
+learning_rate = 1e-4
+compute_dtype = "float32"
+[checkpoint]
+every = 4
+[evaluate]
+every = 6
+tokens = 256
+policies = ["full", "streaming_llm(budget=16)"]
+"""
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", *map(str, arguments)])
+    found = capsys.readouterr()
+    return ended.value.code, found.out, found.err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, its tokenizer, texts and preferences on disk."""
+    path = tmp_path_factory.mktemp("distill")
+    config = {**CONFIG, "vocab_size": 98, "num_hidden_layers": 2, "eos_token_id": 1}
+    kvx.save(random_model(config, seed=0, dtype=jnp.float32), letters(), path / "source")
+    words = random.Random(0)
+    for name, count in (("train", 40), ("valid", 10)):
+        texts = ("".join(words.choices("abcdefgh ", k=words.randint(5, 90))) for _ in range(count))
+        (path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pair = {"prompt": "say ab", "chosen": "abab", "rejected": "ba"}
+    (path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 40)
+    (path / "job.toml").write_text(JOB.format(folder=path))
+    return path
+
+
+def test_help_has_examples(capsys):
+    status, out, _ = call(capsys, "--help")
+    assert status == 0 and "configs/xecomla_smollm2_135m.toml" in out and "--aot" in out
+
+
+def test_a_dry_run_checks_everything_and_leaves_nothing(folder, capsys):
+    status, out, _ = call(capsys, folder / "job.toml", "--dry-run", "--json", f"output={folder}/dry")
+    plan = json.loads(out)
+    assert status == 0 and not (folder / "dry").exists()
+    assert [stage["steps"] for stage in plan["stages"]] == [12, 2]
+    assert plan["documents"] == 40 and plan["pairs"] == 40 and plan["mesh"]["data"] == 8
+    assert plan["stages"][0]["tokens_of_a_step"] == 8 * 32
+    status, out, _ = call(capsys, folder / "job.toml", "--dry-run")
+    assert status == 0 and "transmla(rank=48" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["stages.0.btach=3"], "did you mean 'stages.0.batch'"),
+        (["convert.options.rank=65"], "convert.options.rank=65; allowed: 1 to 64"),
+        (["convert.layers=[2]"], "convert.layers names layer 2; allowed: 0 to 1"),
+        (["stages.0.batch=12"], "stages.0: batch=12"),
+        (["data.train=['{folder}/blank.txt']"], "holds no text"),
+        (["data.train=['{folder}/broken.jsonl']"], "broken.jsonl:2 is not JSON"),
+        (["model={folder}/other"], "has 98 tokens; allowed: at most 97"),
+        (["--stage", "2"], "--stage 2; allowed: 0 to 1"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line_with_status_2(folder, capsys, arguments, sentence):
+    (folder / "blank.txt").write_text(" \n")
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    if not (folder / "other").exists():
+        config = {**CONFIG, "num_hidden_layers": 2}
+        kvx.save(random_model(config, seed=0, dtype=jnp.float32), letters(), folder / "other")
+    arguments = [each.replace("{folder}", str(folder)) for each in arguments]
+    status, out, err = call(capsys, folder / "job.toml", "--dry-run", *arguments)
+    assert status == 2 and out == "" and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_job_trains_resumes_and_saves_what_kvx_loads(folder, capsys):
+    """Stopped by its time limit after a step, resumed to the end: the curve of the run that was not stopped."""
+    job = folder / "job.toml"
+    status, out, _ = call(capsys, job, "--json", "--seconds", "0")
+    stopped = json.loads(out)
+    assert status == 0 and not stopped["finished"] and stopped["steps"] == [1]
+    status, _, err = call(capsys, job)
+    assert status == 2 and "holds a run; allowed: --resume" in err
+    status, _, err = call(capsys, job, "--resume", "seed=1")
+    assert status == 2 and "seed is not what it was" in err
+    status, out, _ = call(capsys, job, "--resume", "--json", "checkpoint.every=3")
+    result = json.loads(out)
+    assert status == 0 and result["finished"] and result["steps"] == [12, 2]
+    assert result["after"] == 2 * 4 * (48 + 16) and result["before"] == 2 * 4 * 2 * 2 * 32
+    first, last = result["held_out"]
+    assert last < first  # it learns
+    assert [each["policy"] for each in result["verdicts"]] == ["full", "streaming_llm(budget=16)"]
+
+    whole = folder / "whole"
+    status, out, _ = call(capsys, job, "--json", f"output={whole}")
+    assert json.loads(out)["held_out"] == [first, last]
+    model, tokenizer = kvx.load(folder / "run" / "model")
+    assert all(block.spec.latent for block in model.blocks)
+    tokens = np.asarray([tokenizer.encode("abcabc")], np.int32)
+    other, _ = kvx.load(whole / "model")
+    np.testing.assert_array_equal(model(tokens), other(tokens))
+    generated = kvx.generate(model, tokens, policy=kvx.parse_policy("snapkv(budget=4)"), max_new_tokens=3)
+    assert generated.tokens.shape == (1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+def test_a_job_for_a_pod_compiles_from_the_command_line():
+    """The TPU compiler reads the repository's own job; no weights are there. Needs libtpu."""
+    pytest.importorskip("libtpu")
+    script = "from kvx.cli import main; main()"
+    job = Path(__file__).parents[3] / "configs" / "xecomla_llama32_1b.toml"
+    arguments = ["distill", str(job), "--aot", "v5e:16x16", "--json"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["fits"]
