@@ -1,0 +1,105 @@
+"""Convert a model and save it, or compare conversions before training: python -m kvx.train.convert --help."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import kvx
+from kvx.errors import BadInput
+from kvx.train.convert import convert, measure_moments, parse_recipe
+from kvx.train.convert.held_out import perplexity, texts, windows
+
+Source = Annotated[str, typer.Option("--model", help="A zoo name, a Hugging Face directory, or a .gguf file.")]
+Text = Annotated[Path, typer.Option(help="Text to calibrate on: .jsonl, .jsonl.gz (field text), .txt or .md.")]
+Rows = Annotated[int, typer.Option(help="Windows of text to calibrate on.", min=1)]
+Length = Annotated[int, typer.Option(help="Tokens of a window.", min=2)]
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+
+@app.command()
+def apply(
+    recipe: Annotated[str, typer.Argument(help='Such as "transmla(rank=64, rotary=32)".')],
+    out: Annotated[Path, typer.Argument(help="A new directory, which kvx.load reads.")],
+    model: Source = "smollm2-135m-instruct",
+    text: Annotated[Path | None, typer.Option(help="Text to calibrate on, for recipes that read any.")] = None,
+    calibration: Rows = 128,
+    length: Length = 256,
+) -> None:
+    """Convert a model's attention and save the result, without training.
+
+    Example:
+
+        python -m kvx.train.convert apply "x_ecomla(rank=16, rotary=32)" smollm-latent
+    """
+    from kvx.compilation_cache import enable_compilation_cache
+
+    chosen = parse_recipe(recipe)
+    if chosen.reads_text and text is None:
+        raise BadInput(f"text=None, but {recipe} reads text; allowed: a file of it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"out={str(out)!r} is in the way; allowed: a new directory, or an empty one")
+    enable_compilation_cache()
+    source, tokenizer = kvx.load(model)
+    moments = None
+    if chosen.reads_text and text is not None:
+        rows = windows(tokenizer, texts(text), calibration, length)
+        moments = measure_moments(source, [rows[start : start + 8] for start in range(0, len(rows), 8)])
+    converted, report = convert(source, chosen, moments)
+    Console().print(report)
+    kvx.save(converted, tokenizer, out)
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(help='Such as "transmla(rank=64, rotary=32)".')],
+    text: Text,
+    held_out: Annotated[Path, typer.Option(help="Other text, to measure on.")],
+    model: Source = "smollm2-135m-instruct",
+    calibration: Rows = 128,
+    measured: Annotated[int, typer.Option(help="Windows of text to measure on.", min=1)] = 64,
+    length: Length = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")] = False,
+) -> None:
+    """Held-out perplexity of conversions before any training, beside the source's.
+
+    Example:
+
+        python -m kvx.train.convert compare "transmla(rank=64, rotary=32)" "by_effect(rank=64, rotary=32)"
+        --text train-00.jsonl.gz --held-out valid.jsonl.gz
+    """
+    from kvx.compilation_cache import enable_compilation_cache
+
+    chosen = [parse_recipe(each) for each in recipes]
+    enable_compilation_cache()
+    source, tokenizer = kvx.load(model)
+    judged = windows(tokenizer, texts(held_out), measured, length)
+    moments = None
+    if any(each.reads_text for each in chosen):
+        rows = windows(tokenizer, texts(text), calibration, length)
+        moments = measure_moments(source, [rows[start : start + 8] for start in range(0, len(rows), 8)])
+    table = Table("conversion", "cache", "bytes a token", "perplexity")
+
+    def add(name: str, share: float, size: int, found: float) -> None:
+        if as_json:
+            print(json.dumps({"recipe": name, "share": share, "bytes": size, "perplexity": found}), flush=True)
+        table.add_row(name, f"{share:.1%}", str(size), f"{found:.2f}")
+
+    base = perplexity(source, judged)
+    for index, each in enumerate(chosen):
+        converted, report = convert(source, each, moments)
+        if index == 0:
+            add("source", 1.0, report.before, base)
+        add(each.text, report.after / report.before, report.after, perplexity(converted, judged))
+    if not as_json:
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    from kvx.cli import run
+
+    run(app, "python -m kvx.train.convert")

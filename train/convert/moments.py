@@ -1,0 +1,118 @@
+"""What conversions learn from text: second moments of each layer's inputs, and how far back its heads look."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+
+from kvx.decoder import Block, Decoder
+from kvx.errors import BadInput
+from kvx.inputs import checked_prompt
+from kvx.kernels.decode_attention import slot_logits
+from kvx.kernels.logits import softmax_rows
+from kvx.loop import attend, project
+from kvx.policies import full
+from kvx.prefill import embed
+from kvx.progress import Steps
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over the tokens of some texts, of one layer.
+
+    Queries, keys and values are linear in the inputs, so the inputs' second moments are theirs as well.
+
+    Attributes:
+        inputs: mean of x x^T over the normed inputs with a last channel of ones: the last column is the mean of x.
+        query_norms: mean 2-norm of each rotary pair of each query head.
+        key_norms: of each KV head.
+        distances: how much of each query head's attention falls on the token d places back; rows sum to 1.
+    """
+
+    inputs: Float[np.ndarray, "X X"]
+    query_norms: Float[np.ndarray, "H P"]
+    key_norms: Float[np.ndarray, "G P"]
+    distances: Float[np.ndarray, "H T"]
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "X X"]:
+        """Second moments about the mean: the channel of ones has none."""
+        mean = self.inputs[:, -1]
+        return self.inputs - np.outer(mean, mean)
+
+
+def measure_moments(
+    model: Decoder, batches: Iterable[ArrayLike], *, console: Console | None = None
+) -> tuple[Moments, ...]:
+    """Moments of every layer's attention over some texts, in one pass of the model over each batch.
+
+    Sums are kept in float64. Memory: beside the model, width^2 numbers a layer, and T x T for each row and head.
+
+    Args:
+        model: of `kvx.models`; its layers are of ordinary attention.
+        batches: (B, T) token ids each, all rows of full length.
+        console: for the progress bar; None: standard error.
+
+    Raises:
+        BadInput: no batches, batches of several lengths, or token ids that the model does not have.
+    """
+    texts = [checked_prompt(model, batch, None, (full(),), 0)[0] for batch in batches]
+    if not texts:
+        raise BadInput("batches is empty; allowed: at least one batch of token ids (B, T)")
+    if len({text.shape[1] for text in texts}) > 1:
+        raise BadInput(f"batches have rows of {sorted({text.shape[1] for text in texts})} tokens; allowed: one length")
+    totals: list[list[np.ndarray] | None] = [None] * len(model.blocks)
+    with Steps(len(texts) * len(model.blocks), console) as steps:
+        for number, text in enumerate(texts):
+            x = embed(model, text)
+            positions = jnp.broadcast_to(jnp.arange(text.shape[1], dtype=jnp.int32), text.shape)
+            for layer, block in enumerate(model.blocks):
+                steps(f"batch {number + 1}/{len(texts)}: layer {layer + 1}/{len(model.blocks)}")
+                inputs, *sums = _sums(block, x, positions)
+                ones = np.ones((text.size, 1))
+                inputs = np.concatenate([np.asarray(inputs, np.float64).reshape(text.size, -1), ones], axis=1)
+                new = [inputs.T @ inputs, *(np.asarray(each, np.float64) for each in sums)]
+                old = totals[layer]
+                totals[layer] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+                x = attend(block, x, positions)[0]
+    count = sum(text.size for text in texts)
+    return tuple(Moments(*(total / count for total in layer)) for layer in totals if layer is not None)
+
+
+@jax.jit
+def _sums(
+    block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T E"], Float[Array, "H P"], Float[Array, "G P"], Float[Array, "H T"]]:
+    """The normed inputs, and sums over a batch's tokens of the other moments; row by row for the T x T maps."""
+    query, tokens = project(block, x, positions)
+    queries = query.raw.reshape(len(x), -1, *query.raw.shape[-2:])  # (B, H, T, D)
+
+    def mass(row: tuple) -> Float[Array, "H T"]:
+        one = jax.tree.map(lambda array: array[None], row)
+        logits = slot_logits(*one, **query.masking)
+        probabilities = softmax_rows(logits)[0].reshape(queries.shape[1], x.shape[1], x.shape[1])
+        return by_distance(probabilities)
+
+    rows = (query.rotated, tokens.rotated_keys, positions, tokens.positions)
+    distances = jnp.sum(jax.lax.map(mass, rows), axis=0)
+    return block.attention_norm(x), _pair_norms(queries), _pair_norms(tokens.raw_keys), distances
+
+
+def by_distance(probabilities: Float[Array, "H T T"]) -> Float[Array, "H T"]:
+    """Sums of a causal map's diagonals: entry d is what falls on the token d places back."""
+    heads, length = probabilities.shape[:2]
+    wide = jnp.pad(probabilities[:, :, ::-1], ((0, 0), (0, 0), (0, length)))
+    # Rows laid end to end and cut one number shorter: each starts one column further than the one before.
+    skewed = wide.reshape(heads, -1)[:, :-length].reshape(heads, length, 2 * length - 1)
+    return jnp.sum(skewed, axis=1)[:, length - 1 :]
+
+
+def _pair_norms(x: Float[Array, "B N T D"]) -> Float[Array, "N P"]:
+    half = x.shape[-1] // 2
+    wide = x.astype(jnp.float32)
+    return jnp.sum(jnp.sqrt(wide[..., :half] ** 2 + wide[..., half:] ** 2), axis=(0, 2))

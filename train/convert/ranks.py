@@ -1,0 +1,116 @@
+"""How many latent channels each layer gets: fixed, by its own energy, or from one budget for all layers."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from kvx.errors import BadInput
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """A rule that gives every converted layer its rank."""
+
+    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
+        """One rank for each layer's spectrum, singular values in the order in which they are kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same rank in every layer."""
+
+    rank: int
+
+    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
+        """As many as there are layers."""
+        return (self.rank,) * len(spectra)
+
+
+@dataclass(frozen=True)
+class Energy:
+    """As many channels as keep a share of the energy (X-EcoMLA, Li et al. 2025): #{k : e_k <= share}, at least 1,
+    rounded up to a multiple; e_k is the energy of the first k. That is one less than the smallest k to reach the share.
+
+    Attributes:
+        share: of the squared singular values, 0 to 1.
+        ends: rank of the first and the last layer, whatever their energy; None: as the others.
+        multiple: what ranks are rounded up to.
+    """
+
+    share: float
+    ends: int | None = None
+    multiple: int = 8
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise BadInput(f"share={self.share} is out of range; allowed: above 0, up to 1")
+
+    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
+        """At most what the spectrum has without zeros."""
+        ranks = [self._one(spectrum) for spectrum in spectra]
+        if self.ends is not None:
+            ranks[0] = ranks[-1] = self.ends
+        return tuple(ranks)
+
+    def _one(self, spectrum: Float[np.ndarray, "_"]) -> int:
+        # Beyond these, only rounding tells singular values from zero, and e_k from 1.
+        real = int(np.sum(spectrum > 1e-12 * spectrum[0]))
+        energy = np.cumsum(spectrum[:real] ** 2)
+        count = max(1, int(np.sum(energy <= self.share * energy[-1] * (1 + 1e-12))))
+        return min(rounded_up(count, self.multiple), real)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One total for all layers: each run of `multiple` channels goes to the layer where it saves the most energy.
+
+    Spectra have to be in a common unit; by default each layer's energy counts as its own share.
+
+    Attributes:
+        mean: channels a layer, on average; the total is conserved.
+        least: of every layer.
+        multiple: what ranks are multiples of.
+        relative: divide each layer's energy by its total first.
+    """
+
+    mean: int
+    least: int = 8
+    multiple: int = 8
+    relative: bool = True
+
+    def __post_init__(self):
+        if self.multiple < 1 or self.mean % self.multiple or self.least % self.multiple or self.least > self.mean:
+            raise BadInput(
+                f"mean={self.mean} and least={self.least}: allowed: multiples of {self.multiple}, least at most mean"
+            )
+
+    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
+        """Raises BadInput if all layers together have less."""
+        ranks = [self.least] * len(spectra)
+        energies = [spectrum**2 / (np.sum(spectrum**2) if self.relative else 1) for spectrum in spectra]
+        heap = [(-self._next(energy, self.least), self.least, layer) for layer, energy in enumerate(energies)]
+        heapq.heapify(heap)
+        for _ in range((self.mean - self.least) * len(spectra) // self.multiple):
+            gain, _, layer = heapq.heappop(heap)  # of equal gains, that of the least rank
+            if gain > 0:
+                raise BadInput(
+                    f"mean={self.mean} is out of range; allowed: what the layers have, {sum(map(len, spectra))}"
+                )
+            ranks[layer] += self.multiple
+            heapq.heappush(heap, (-self._next(energies[layer], ranks[layer]), ranks[layer], layer))
+        return tuple(ranks)
+
+    def _next(self, energy: Float[np.ndarray, "_"], rank: int) -> float:
+        """What the next channels save; below zero where there are none."""
+        end = rank + self.multiple
+        return float(np.sum(energy[rank:end])) if end <= len(energy) else -1.0
+
+
+def rounded_up(count: int, multiple: int) -> int:
+    """The least multiple that is not below `count`."""
+    return -(-count // multiple) * multiple
