@@ -1,5 +1,6 @@
-"""The process that renders one untrusted chat template: a script that reads JSON, limits itself, and writes JSON.
+"""The process that renders untrusted chat templates: a script that reads JSON, limits itself, and writes JSON.
 
+One request from standard input, or, called with "--many", one a line until there are no more, each within the limits.
 It imports nothing of kvx, so that it starts in a fraction of a second.
 """
 
@@ -7,6 +8,7 @@ import datetime
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,8 +30,10 @@ def limit(seconds: float, memory: int) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
     import resource
 
+    # The next request gets as much again, so the hard limit of processor time stays what it is.
+    most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, most))
     for what, amount in (
-        (resource.RLIMIT_CPU, int(seconds) + 1),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_AS, memory),
@@ -104,5 +108,16 @@ def answer(read: Callable[[], str]) -> dict[str, str]:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
+def answer_many() -> None:
+    """A line of answer to every line, until standard input ends."""
+    for line in sys.stdin:
+        found = json.dumps(answer(lambda line=line: line))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(found, flush=True)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(answer(sys.stdin.read)))
+    if "--many" in sys.argv:
+        answer_many()
+    else:
+        sys.stdout.write(json.dumps(answer(sys.stdin.read)))

@@ -8,7 +8,7 @@ import pytest
 
 from kvx.errors import BadInput
 from kvx.models import chat_template
-from kvx.models.chat_template import render_chat
+from kvx.models.chat_template import ChatRenderer, render_chat
 
 MESSAGES = [{"role": "user", "content": "<hi> & 'bye'"}]
 
@@ -69,6 +69,26 @@ def test_a_hostile_template_is_refused_within_its_limits(template):
         render_chat(template, {"messages": MESSAGES}, seconds=0.5, memory=256 << 20)
     assert time.perf_counter() - started < 8  # half a second, and the start of an interpreter on a busy machine
     assert "\n" not in str(refusal.value)
+
+
+def test_a_renderer_of_many_serves_them_with_one_child_and_starts_another_after_a_hostile_one():
+    render = ChatRenderer(seconds=0.5, memory=256 << 20)
+    variables = {"messages": MESSAGES}
+    assert [render("{{ messages | length }}" + "\n" + str(index), variables) for index in range(20)] == [
+        f"1\n{index}" for index in range(20)
+    ]
+    first = render._child
+    with pytest.raises(BadInput, match="cannot be rendered"):
+        render("{% if", variables)
+    assert render._child is first
+    with pytest.raises(BadInput, match="exceeds its limits"):
+        render("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", variables)
+    assert render("again", variables) == "again" and render._child is not first
+    time.sleep(0.6)  # longer than one rendering may take: the clock does not run between requests
+    assert render("{{ messages[0].role }}", variables) == "user"
+    last = render._child
+    del render
+    assert last.returncode is not None
 
 
 def test_a_template_that_is_too_long_is_refused():

@@ -1,12 +1,14 @@
 """Documents as token ids: what a tokenizer makes of text and of chats, and ids that were made before."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Integer
 
 from kvx.errors import BadInput
+from kvx.models.chat_template import ChatRenderer
 from kvx.models.tokenizer import Tokenizer
 
 
@@ -18,11 +20,13 @@ class Encoding:
         tokenizer: None where all documents are token ids already.
         vocabulary: ids are below it.
         end: the token that ends a document; None: none does.
+        render: writes out the tokenizer's chat template.
     """
 
     tokenizer: Tokenizer | None
     vocabulary: int
     end: int | None = None
+    render: Callable[..., str] = field(default_factory=ChatRenderer, repr=False)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Encoding":
@@ -47,7 +51,8 @@ class Encoding:
         if isinstance(record, str):
             ids = self.tokenizer.encode(record)
         else:
-            ids = self.tokenizer.encode(self.tokenizer.chat(record, add_generation_prompt=False), add_special=False)
+            text = self.tokenizer.chat(record, add_generation_prompt=False, render=self.render)
+            ids = self.tokenizer.encode(text, add_special=False)
         if self.end is not None and ids[-1:] != [self.end]:
             ids.append(self.end)
         return np.asarray(ids, np.int32)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kvx.errors import BadInput
+from kvx.models.chat_template import ChatRenderer
 from kvx.models.tokenizer import Tokenizer
 from kvx.train.batch import Batch, Pairs
 from kvx.train.data.documents import read_lines
@@ -61,10 +62,10 @@ def pair_batches(
     """
     if batch % shares:
         raise BadInput(f"batch={batch} over {shares} processes; allowed: a multiple of them")
-    size = batch // shares
+    size, render = batch // shares, ChatRenderer()
 
     def encode(pair: dict[str, str]) -> dict[str, np.ndarray]:
-        asked = prompt_ids(pair["prompt"], tokenizer)[-prompt:]
+        asked = prompt_ids(pair["prompt"], tokenizer, render)[-prompt:]
         answers = {side: _row(asked, answer_ids(pair[side], tokenizer), sequence) for side in FIELDS[1:]}
         return {f"{side}_{part}": array for side, row in answers.items() for part, array in row.items()}
 
@@ -82,11 +83,12 @@ def pair_batches(
     return Stream(pipeline, facts)
 
 
-def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(prompt: str, tokenizer: Tokenizer, render: ChatRenderer) -> list[int]:
     """A prompt as the model is asked: a turn of its chat template if it has one, plain text otherwise."""
     if not tokenizer.has_chat_template:
         return tokenizer.encode(prompt)
-    return tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]), add_special=False)
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.encode(tokenizer.chat(turn, render=render), add_special=False)
 
 
 def answer_ids(answer: str, tokenizer: Tokenizer) -> list[int]:
