@@ -31,6 +31,11 @@ def scaled_logits(
 ) -> Float[Array, "*batch T S"]:
     """softcap(scale * q . k), float32."""
     scores = scale * jnp.einsum("...td,...sd->...ts", queries, keys, preferred_element_type=jnp.float32)
+    return capped(scores, softcap)
+
+
+def capped(scores: Float[Array, "*batch"], softcap: float | None) -> Float[Array, "*batch"]:
+    """softcap * tanh(scores / softcap); None: the scores as they are."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 

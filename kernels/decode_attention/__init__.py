@@ -1,10 +1,103 @@
-"""Attention of a few queries over cached slots: a partial softmax, and the probabilities of the slots on request."""
+"""Attention of a few queries over cached slots, dense or compressed: a partial softmax, and slots' probabilities."""
+
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvx.kernels.logits import partial_softmax, scaled_logits, slot_probabilities, visible
+from kvx.kernels.decode_attention import xla
+from kvx.kernels.decode_attention.call import Call, Found
+from kvx.kernels.decode_attention.operands import Operand, Rows, Tail
+from kvx.kernels.implementations import choose
+from kvx.kernels.logits import scaled_logits, slot_probabilities, visible
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.quantize_pack.coded import ChannelCodes
+
+NAMES = ("reference", "xla", "mosaic_tpu", "triton")
+"""Implementations: one file each, loaded when it is first asked for."""
+
+
+def decode_attention(
+    queries: Float[Array, "B G R T D"],
+    keys: Float[Array, "B G C D"] | Operand,
+    values: Float[Array, "B G C V"] | Operand,
+    query_positions: Int[Array, "B T"] | None = None,
+    key_positions: Int[Array, "B G C"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    lengths: Int[Array, "B G"] | None = None,
+    bias: Float[Array, "B G C"] | None = None,
+    tail: Tail | None = None,
+    probabilities: bool = False,
+    implementation: str | None = None,
+    tuning: Any = None,
+) -> Partial | tuple[Partial, Float[Array, "B G R T N"]]:
+    """Partial softmax of rotated queries over rotated cached keys, decoded on the fly and never in main memory.
+
+    A query sees the slots whose position is neither -1 (empty) nor later than its own nor outside the window, and
+    which `lengths` does not exclude. Long caches are split over their slots and merged by log-sum-exp
+    (flash-decoding); per-channel keys and per-token values are KIVI's layout (Liu et al. 2024).
+
+    Args:
+        queries: R query heads for each KV head, T queries a row (the kernels take up to 16), bfloat16 or float32.
+        keys, values: numbers by slot, or `Rows` of 8 bits, `ChannelCodes` or `TokenCodes` of 2, 4 or 8 (xla: also 3).
+        query_positions: true positions; None: no order among slots and queries, every query sees every slot.
+        key_positions: true positions of the slots, -1 where empty; None: no array of them is read.
+        scale: factor on q . k.
+        window: positions back that a query sees, itself included.
+        softcap: c of c tanh(scale q . k / c).
+        lengths: slots in use of each row and head, the first ones; what lies behind is not read.
+        bias: natural log of a slot's weight, added to its capped logit.
+        tail: exact tokens in the same softmax, masked by their positions.
+        probabilities: return also those of the slots, the tail's E entries last: N = C + E, float32, 0 where unseen.
+        implementation: "reference", "xla", "mosaic_tpu", "triton"; None: by platform and operands.
+        tuning: block sizes of the named implementation; None: its own choice.
+
+    Returns:
+        out (B, G, R, T, V) and lse (B, G, R, T), float32; (0, -inf) where a query sees nothing. With `probabilities`
+        the pair of that and (B, G, R, T, N).
+
+    Raises:
+        ValueError: operands that do not fit each other, or that the named implementation cannot take.
+    """
+    masks = query_positions, key_positions, lengths
+    call = _call(queries, keys, values, masks, bias, tail, scale, window, softcap, probabilities)
+    offered = {name: partial(_attend, name) for name in NAMES}
+    attend = choose("decode_attention", implementation, offered, lambda name: _refusal(name, call))
+    rows, logits = attend(call) if tuning is None else attend(call, tuning)
+    part = ungroup(rows, queries.shape[2])
+    if logits is None:
+        return part
+    return part, slot_probabilities(logits.reshape(*queries.shape[:4], -1), part.lse)
+
+
+def decode_probabilities(
+    queries: Float[Array, "B G R T D"],
+    keys: Float[Array, "B G C D"] | Operand,
+    query_positions: Int[Array, "B T"] | None,
+    key_positions: Int[Array, "B G C"] | None,
+    lse: Float[Array, "B G R T"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    bias: Float[Array, "B G C"] | None = None,
+    tail: Tail | None = None,
+) -> Float[Array, "B G R T N"]:
+    """Probabilities of the slots, the tail's last, under a log-sum-exp that may span more than these.
+
+    A second pass over the keys, by XLA; `decode_attention(probabilities=True)` has them from the first.
+    """
+    slots = keys.slots if isinstance(keys, Operand) else keys.shape[2]
+    nothing = jnp.zeros((*queries.shape[:2], slots, 0), queries.dtype)
+    masks = query_positions, key_positions, None
+    call = _call(queries, keys, nothing, masks, bias, tail, scale, window, softcap, True)
+    logits = jnp.concatenate(xla.masked_logits(call), axis=-1)
+    return slot_probabilities(logits.reshape(*queries.shape[:4], -1), lse)
 
 
 def slot_logits(
@@ -27,46 +120,57 @@ def slot_logits(
     return jnp.where(jnp.tile(seen, (1, 1, group, 1)), logits, -jnp.inf)
 
 
-def decode_attention(
-    queries: Float[Array, "B G R T D"],
-    keys: Float[Array, "B G C D"],
-    values: Float[Array, "B G C V"],
-    query_positions: Int[Array, "B T"],
-    key_positions: Int[Array, "B G C"],
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Partial:
-    """Partial softmax of rotated queries over rotated cached keys; slots at position -1 are empty.
-
-    Returns:
-        out (B, G, R, T, V) and lse (B, G, R, T), float32.
-    """
-    logits = slot_logits(queries, keys, query_positions, key_positions, scale=scale, window=window, softcap=softcap)
-    part = partial_softmax(logits, values)
-    return ungroup(part, queries.shape[2])
-
-
-def decode_probabilities(
-    queries: Float[Array, "B G R T D"],
-    keys: Float[Array, "B G C D"],
-    query_positions: Int[Array, "B T"],
-    key_positions: Int[Array, "B G C"],
-    lse: Float[Array, "B G R T"],
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Float[Array, "B G R T C"]:
-    """Probabilities of the slots under a log-sum-exp that may span more than these slots."""
-    logits = slot_logits(queries, keys, query_positions, key_positions, scale=scale, window=window, softcap=softcap)
-    batch, kv_heads, group, length, _ = queries.shape
-    return slot_probabilities(logits.reshape(batch, kv_heads, group, length, -1), lse)
-
-
 def ungroup(part: Partial, group: int) -> Partial:
     """A partial over merged (R * T) rows as one over R query heads and T queries."""
     batch, kv_heads, rows, width = part.out.shape
     shape = (batch, kv_heads, group, rows // group)
     return Partial(out=part.out.reshape(*shape, width), lse=part.lse.reshape(shape))
+
+
+def _call(
+    queries: Array,
+    keys: Array | Operand,
+    values: Array | Operand,
+    masks: tuple[Array | None, Array | None, Array | None],
+    bias: Array | None,
+    tail: Tail | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    logits: bool,
+) -> Call:
+    """The arguments checked and brought into one form; masks: positions of queries and slots, lengths."""
+    positions, slots, lengths = masks
+    keys = keys if isinstance(keys, Operand) else Rows(keys)
+    values = values if isinstance(values, Operand) else Rows(values)
+    batch, heads, group, length, dim = queries.shape
+    if isinstance(values, ChannelCodes):
+        raise ValueError("values is ChannelCodes, allowed are arrays, Rows and TokenCodes")
+    if keys.width != dim:
+        raise ValueError(f"keys has rows of {keys.width} channels, the queries have {dim}; they must be equal")
+    if values.slots != keys.slots:
+        raise ValueError(f"values has {values.slots} slots, keys has {keys.slots}; they must be equal")
+    for name, array in (("key_positions", slots), ("bias", bias)):
+        if array is not None and array.shape != (batch, heads, keys.slots):
+            raise ValueError(f"{name} has shape {array.shape}, allowed is {(batch, heads, keys.slots)}")
+    if lengths is not None and lengths.shape != (batch, heads):
+        raise ValueError(f"lengths has shape {lengths.shape}, allowed is {(batch, heads)}")
+    if slots is not None and positions is None:
+        raise ValueError("query_positions is None beside key_positions, allowed are the queries' true positions")
+    if window is not None and (slots is None or window < 1):
+        raise ValueError(f"window is {window}, allowed are None and, with key_positions, integers from 1 up")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap}, allowed are None and numbers above 0")
+    rows = queries.reshape(batch, heads, group * length, dim)
+    return Call(rows, keys, values, positions, slots, lengths, bias, tail, length, scale, window, softcap, logits)
+
+
+def _attend(name: str, call: Call, *tuning: Any) -> Found:
+    return import_module(f"{__name__}.{name}").attend(call, *tuning)
+
+
+def _refusal(name: str, call: Call) -> str | None:
+    """Why an implementation cannot take the call; None if it can."""
+    if name in ("reference", "xla"):
+        return None
+    return import_module(f"{__name__}.{name}").refusal(call)

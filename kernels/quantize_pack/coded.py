@@ -56,10 +56,10 @@ class ChannelCodes:
             after: any numbers that depend on the query.
             upper: without what is in `lower`.
         """
-        scale, minimum = (jnp.swapaxes(part, -1, -2)[..., None] for part in (self.scale, self.minimum))
+        ranges = jnp.swapaxes(self.ranges, -1, -2)[..., None]
         codes = _codes(self, after, upper)
-        blocks = codes.reshape(*scale.shape[:-1], self.group)
-        return (blocks * scale + minimum).reshape(codes.shape)
+        blocks = codes.reshape(*ranges.shape[:-1], self.group)
+        return (blocks * range_scale(ranges) + range_minimum(ranges)).reshape(codes.shape)
 
     @property
     def slots(self) -> int:

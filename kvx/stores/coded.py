@@ -1,20 +1,21 @@
 """The coded store: every key and value in a few bits, coded by itself the moment it arrives."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.errors import BadInput
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.decode_attention.operands import Rows
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.quantize_pack.coded import TokenCodes
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
-from kvx.stores.codes import TokenCodes
-from kvx.stores.dense import first_empty, scatter, weakest_several, write_slot
+from kvx.stores.codes import write_slots
+from kvx.stores.dense import first_empty, weakest_several, write_slot
 from kvx.tokens import Tokens
 
 
@@ -52,24 +53,11 @@ class Code:
         """Channels in each group."""
         return self.group or (width // 2 if self.bits == 2 else width)
 
-    def encode(self, rows: Float[Array, "B G C D"]) -> Any:
-        """Rows coded along their last axis: `TokenCodes`, or `Exact` if there is nothing to code."""
+    def encode(self, rows: Float[Array, "B G C D"]) -> TokenCodes | Rows:
+        """Rows coded along their last axis, or as they are if there is nothing to code."""
         if self.bits is None:
-            return Exact(rows)
+            return Rows(rows)
         return TokenCodes.encode(rows, self.bits, self.channels(rows.shape[-1]))
-
-
-@pytree
-class Exact:
-    """Rows that are not coded, behind the same verbs."""
-
-    rows: Float[Array, "B G C D"]
-
-    def decode(self) -> Float[Array, "B G C D"]:
-        return self.rows
-
-    def write(self, slots: Int[Array, "B G m"], new: "Exact") -> "Exact":
-        return Exact(scatter(self.rows, slots, new.rows))
 
 
 @pytree
@@ -84,8 +72,8 @@ class Coded:
             what they were and only the rounding error moves between channels. `dense()` shows true keys. None: ones.
     """
 
-    keys: TokenCodes | Exact
-    values: TokenCodes | Exact
+    keys: TokenCodes | Rows
+    values: TokenCodes | Rows
     slots: Int[Array, "B G C"]
     rotary: Rotary
     balance: Float[Array, "B G D"] | None = None
@@ -114,30 +102,28 @@ class Coded:
         values = self.code.encode(tokens.values)
         return replace(
             self,
-            keys=self.keys.write(slot[..., None], keys),
-            values=self.values.write(slot[..., None], values),
+            keys=_write(self.keys, slot, keys),
+            values=_write(self.values, slot, values),
             slots=write_slot(self.slots, slot, tokens.positions[:, :, 0]),
             stats={name: write_slot(stat, slot, tokens.stats[name][:, :, 0]) for name, stat in self.stats.items()},
         )
 
     def read(self, query: Query) -> Partial:
         return decode_attention(
-            self._queries(query), self.keys.decode(), self.values.decode(), query.positions, self.slots, **query.masking
+            self._queries(query), self.keys, self.values, query.positions, self.slots, **query.masking
         )
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
-        return decode_probabilities(
-            self._queries(query), self.keys.decode(), query.positions, self.slots, lse, **query.masking
-        )
+        return decode_probabilities(self._queries(query), self.keys, query.positions, self.slots, lse, **query.masking)
 
     def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Coded":
         return replace(self, slots=jnp.where(weakest_several(scores, self.slots, excess, most), -1, self.slots))
 
     def tokens(self) -> Tokens:
-        keys = self.keys.decode()
+        keys = _decoded(self.keys)
         if self.balance is not None:
             keys = (keys / self.balance[:, :, None]).astype(keys.dtype)
-        return Tokens(keys, self.values.decode(), self.slots, self.rotary, self.stats)
+        return Tokens(keys, _decoded(self.values), self.slots, self.rotary, self.stats)
 
     def positions(self) -> Int[Array, "B G C"]:
         return self.slots
@@ -160,3 +146,14 @@ class Coded:
 def _balanced(keys: Float[Array, "B G T D"], balance: Float[Array, "B G D"] | None) -> Float[Array, "B G T D"]:
     """Keys times their balance, float32."""
     return keys if balance is None else keys * balance[:, :, None]
+
+
+def _decoded(rows: TokenCodes | Rows) -> Float[Array, "B G C D"]:
+    return rows.array if isinstance(rows, Rows) else jnp.swapaxes(rows.decode(), -1, -2)
+
+
+def _write(rows: TokenCodes | Rows, slot: Int[Array, "B G"], new: TokenCodes | Rows) -> TokenCodes | Rows:
+    """One slot a head overwritten."""
+    if isinstance(rows, Rows):
+        return Rows(write_slot(rows.array, slot, new.array[:, :, 0]))
+    return write_slots(rows, slot[..., None], new)

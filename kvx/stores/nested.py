@@ -8,10 +8,11 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from kvx.kernels.decode_attention import ungroup
 from kvx.kernels.logits import partial_softmax, scaled_logits, slot_probabilities, visible
 from kvx.kernels.merge_partials import Partial, merge_partials
+from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
-from kvx.stores.codes import ChannelCodes, TokenCodes, never
+from kvx.stores.codes import never, write_blocks, write_slots
 from kvx.stores.dense import Dense, scatter
 from kvx.tokens import Tokens, concatenate
 
@@ -95,13 +96,12 @@ class Nested:
             jnp.argsort(age, axis=-1)[..., : self.group], jnp.broadcast_to(due, (*due.shape[:2], self.group))
         )
         at = jnp.where(due, coded, size) + index
-        runs = self.values.words.shape[-1] * 32 // self.values.bits // self.values.ranges.shape[-1]
-        values = TokenCodes.encode(block.values, self.values.bits, runs, nested=True)
+        values = TokenCodes.encode(block.values, self.values.bits, self.values.group, nested=True)
         keys = ChannelCodes.encode(block.keys, self.keys.bits, self.group, nested=True)
         settled = replace(
             self,
-            keys=self.keys.write(at[..., :1] // self.group, keys),
-            values=self.values.write(at, values),
+            keys=write_blocks(self.keys, at[..., :1] // self.group, keys),
+            values=write_slots(self.values, at, values),
             slots=scatter(self.slots, at, block.positions),
         )
         gone = self.buffer.slots <= settled._next_boundary()
@@ -136,7 +136,8 @@ class Nested:
         codes, exact = self._logits(query)
         values = self.values.decode(after=query.raw[:, :, 0, 0, 0], upper=self.narrowed)
         part = merge_partials(
-            partial_softmax(codes, values.astype(self.buffer.values.dtype)), partial_softmax(exact, self.buffer.values)
+            partial_softmax(codes, jnp.swapaxes(values, -1, -2).astype(self.buffer.values.dtype)),
+            partial_softmax(exact, self.buffer.values),
         )
         return ungroup(part, query.raw.shape[2])
 
@@ -164,7 +165,7 @@ class Nested:
 
     def tokens(self) -> Tokens:
         keys = jnp.swapaxes(self.keys.decode(upper=self.narrowed), -1, -2).astype(self.buffer.keys.dtype)
-        values = self.values.decode(upper=self.narrowed).astype(self.buffer.values.dtype)
+        values = jnp.swapaxes(self.values.decode(upper=self.narrowed), -1, -2).astype(self.buffer.values.dtype)
         coded, exact = self._shown()
         buffer = replace(self.buffer.tokens(), positions=exact)
         return concatenate(Tokens(keys, values, coded, self.buffer.rotary), buffer)

@@ -5,13 +5,14 @@ from dataclasses import field, replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kvx.kernels.decode_attention import ungroup
-from kvx.kernels.logits import partial_softmax, scaled_logits, slot_probabilities, visible
-from kvx.kernels.merge_partials import Partial, merge_partials
+from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.decode_attention.operands import Tail
+from kvx.kernels.merge_partials import Partial
+from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
-from kvx.stores.codes import ChannelCodes, TokenCodes, never
+from kvx.stores.codes import never, write_blocks, write_slots
 from kvx.stores.dense import Dense, first_empty, scatter
 from kvx.tokens import Tokens, concatenate
 
@@ -40,7 +41,7 @@ class Packed:
         keys, values: codes of the packed slots.
         slots: true positions; FREE or RESERVED where there is no value.
         kept: statistics of the packed slots; they follow the value.
-        tail: the ring. Keys that are packed too stay in it unread.
+        tail: the ring. A key that is packed too stands in it as its code says.
         places: packed slot of each ring entry's key, -1 while only the ring holds it.
         group: n.
     """
@@ -81,12 +82,22 @@ class Packed:
         state = jnp.where(index < with_key, RESERVED, FREE)
         newest = with_value + jnp.arange(residual + 1)
         ring = chosen.take(jnp.minimum(newest, chosen.positions.shape[-1] - 1), newest < count)
+        keys = ChannelCodes.encode(chosen.keys[:, :, :slots], bits, group)
+        places = jnp.where(newest < with_key, newest, -1)
+        coded = jnp.take_along_axis(keys.decode(), jnp.maximum(places, 0)[:, :, None], axis=-1)
+        coded = jnp.swapaxes(coded, -1, -2).astype(ring.keys.dtype)
         return cls(
-            ChannelCodes.encode(chosen.keys[:, :, :slots], bits, group),
+            keys,
             TokenCodes.encode(chosen.values[:, :, :slots], bits, group),
             jnp.where(index < with_value, chosen.positions[:, :, :slots], state),
-            Dense(ring.keys, ring.values, ring.positions, ring.rotary, dict(ring.stats)),
-            jnp.where(newest < with_key, newest, -1),
+            Dense(
+                jnp.where(places[..., None] >= 0, coded, ring.keys),
+                ring.values,
+                ring.positions,
+                ring.rotary,
+                dict(ring.stats),
+            ),
+            places,
             {name: stat[:, :, :slots] for name, stat in chosen.stats.items()},
             group,
         )
@@ -112,18 +123,23 @@ class Packed:
         codes = ChannelCodes.encode(
             jnp.take_along_axis(self.tail.keys, block[..., None], axis=2), self.keys.bits, self.group
         )
-        groups = self._free_groups(codes.ranges.shape[-1], due)
+        groups = self._free_groups(codes.ranges.shape[-2], due)
         by_group = self.slots.reshape(*self.slots.shape[:2], -1, self.group)
         reserved = jnp.full((*groups.shape, self.group), RESERVED, jnp.int32)
         age = (jnp.arange(size) - first) % size
         place = jnp.take_along_axis(groups, jnp.minimum(age // self.group, groups.shape[-1] - 1), axis=-1)
         moved = due[..., None] & (age < size - 1)
+        # The ring's keys become what their codes say, so that a read need not look them up: of all entries but one.
+        index = jnp.arange(size - 1)
+        packed = index + (index >= (first - 1) % size)
+        coded = jnp.take_along_axis(codes.decode(), ((packed - first) % size)[:, :, None], axis=-1)
+        keys = scatter(self.tail.keys, jnp.where(due[..., None], packed, packed + size), jnp.swapaxes(coded, -1, -2))
         return replace(
             self,
-            keys=self.keys.write(groups, codes),
+            keys=write_blocks(self.keys, groups, codes),
             slots=scatter(by_group, groups, reserved).reshape(self.slots.shape),
             places=jnp.where(moved, place * self.group + age % self.group, self.places),
-            tail=self._read(codes.scale, self.tail),
+            tail=self._read(codes.scale, replace(self.tail, keys=keys)),
         )
 
     def _free_groups(self, count: int, due: Bool[Array, "B G"]) -> Int[Array, "B G m"]:
@@ -144,7 +160,7 @@ class Packed:
         codes = TokenCodes.encode(gone.values, self.values.bits, self.group)
         return replace(
             self,
-            values=self.values.write(slot, codes),
+            values=write_slots(self.values, slot, codes),
             slots=scatter(self.slots, slot, gone.positions),
             kept={name: scatter(stat, slot, gone.stats[name]) for name, stat in self.kept.items()},
             tail=self._read(codes.scale, self.tail.evict(oldest, due)),
@@ -159,33 +175,19 @@ class Packed:
         return replace(tail, slots=jnp.where(never(scale), -1, tail.slots))
 
     def read(self, query: Query) -> Partial:
-        packed, ring = self._logits(query)
-        values = self.values.decode(after=query.raw[:, :, 0, 0, 0]).astype(self.tail.values.dtype)
-        part = merge_partials(partial_softmax(packed, values), partial_softmax(ring, self.tail.values))
-        return ungroup(part, query.raw.shape[2])
+        return decode_attention(
+            query.rotated, self.keys, self.values, query.positions, self.slots, tail=self._ring, **query.masking
+        )
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
-        logits = jnp.concatenate(self._logits(query), axis=-1)
-        return slot_probabilities(logits.reshape(*query.raw.shape[:4], -1), lse)
+        return decode_probabilities(
+            query.rotated, self.keys, query.positions, self.slots, lse, tail=self._ring, **query.masking
+        )
 
-    def _logits(self, query: Query) -> tuple[Float[Array, "B G Q P"], Float[Array, "B G Q E"]]:
-        """Masked logits of the packed slots and of the ring, whose packed keys are looked up among the former."""
-        batch, heads, group, length, dim = query.raw.shape
-        rows = query.rotated.reshape(batch, heads, group * length, dim)
-        spec = query.spec
-        # Slots stay along the last axis, as they lie: turned about, XLA would decode into a transposed copy.
-        columns = self.keys.decode(after=query.raw[:, :, 0, 0, 0]).astype(self.tail.keys.dtype)
-        packed = spec.scale * jnp.einsum("bgtd,bgdp->bgtp", rows, columns, preferred_element_type=jnp.float32)
-        packed = packed if spec.softcap is None else spec.softcap * jnp.tanh(packed / spec.softcap)
-        ring = scaled_logits(rows, self.tail.keys, spec.scale, spec.softcap)
-        known = jnp.take_along_axis(packed, jnp.maximum(self.places, 0)[:, :, None], axis=-1)
-        ring = jnp.where(self.places[:, :, None] >= 0, known, ring)
-
-        def masked(logits, slots):
-            seen = visible(query.positions[:, None, :, None], slots[:, :, None, :], spec.window)
-            return jnp.where(jnp.tile(seen, (1, 1, group, 1)), logits, -jnp.inf)
-
-        return masked(packed, self.slots), masked(ring, self.tail.slots)
+    @property
+    def _ring(self) -> Tail:
+        """The exact tail as attention takes it."""
+        return Tail(self.tail.keys, self.tail.values, self.tail.slots)
 
     @property
     def unit(self) -> int:
@@ -211,12 +213,9 @@ class Packed:
 
     def tokens(self) -> Tokens:
         keys = jnp.swapaxes(self.keys.decode(), -1, -2).astype(self.tail.keys.dtype)
-        tail = self.tail.tokens()
-        values = self.values.decode().astype(self.tail.values.dtype)
+        values = jnp.swapaxes(self.values.decode(), -1, -2).astype(self.tail.values.dtype)
         packed = Tokens(keys, values, jnp.maximum(self.slots, -1), self.tail.rotary, dict(self.kept))
-        known = jnp.take_along_axis(keys, jnp.maximum(self.places, 0)[..., None], axis=2)
-        seen = jnp.where(self.places[..., None] >= 0, known, tail.keys)
-        return concatenate(packed, replace(tail, keys=seen))
+        return concatenate(packed, self.tail.tokens())
 
     def positions(self) -> Int[Array, "B G C"]:
         return jnp.concatenate([jnp.maximum(self.slots, -1), self.tail.slots], axis=-1)

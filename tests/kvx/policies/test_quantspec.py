@@ -52,7 +52,7 @@ def test_both_nibbles_are_as_good_as_eight_bits_and_the_upper_ones_as_four():
 def test_the_default_takes_a_head_of_any_width_below_the_group():
     tokens, lengths = prompts(300, 280)
     _, cache = kvx.prefill(model(num_hidden_layers=2), tokens, quantspec(), lengths, max_new_tokens=4)
-    assert cache.layers[0].values.ranges.shape[-1] == 1, "one range for all 32 channels"
+    assert cache.layers[0].values.ranges.shape[-2] == 1, "one range for all 32 channels"
 
 
 def test_it_takes_fewer_bytes_and_a_draft_reads_fewer_still():

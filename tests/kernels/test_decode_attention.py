@@ -1,0 +1,242 @@
+"""Claims about decode attention: every implementation equals the float32 reference, on every kind of cache."""
+
+import re
+from importlib.util import find_spec
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from kvx.kernels.arg_spec import ArgSpec
+from kvx.kernels.decode_attention import decode_attention, decode_probabilities
+from kvx.kernels.decode_attention.arg_specs import AOT, CI, EXACT, NUMERIC, build
+from kvx.kernels.decode_attention.operands import Rows
+from kvx.kernels.merge_partials import Partial, merge_partials
+from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
+
+NEW_ENOUGH = tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
+ON_GPU = jax.default_backend() == "gpu"
+
+
+def error(wanted: Partial, found: Partial) -> float:
+    """Largest difference relative to the wanted output's, or log-sum-exp's, largest value; empty rows must agree."""
+    worst = 0.0
+    for expected, got in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        expected, got = np.asarray(expected), np.asarray(got)
+        finite = np.isfinite(expected)
+        assert np.array_equal(finite, np.isfinite(got)) and np.array_equal(expected[~finite], got[~finite])
+        top = np.abs(expected[finite]).max(initial=0.0) or 1.0
+        worst = max(worst, float(np.abs(expected[finite] - got[finite]).max(initial=0.0)) / top)
+    return worst
+
+
+def against_reference(spec: ArgSpec, implementation: str, **more) -> None:
+    arrays = spec.arrays()
+    wanted = decode_attention(**arrays, **spec.options, implementation="reference")
+    found = decode_attention(**arrays, **spec.options, implementation=implementation, **more)
+    assert error(wanted, found) < spec.tolerance
+
+
+@pytest.mark.parametrize("spec", NUMERIC, ids=str)
+def test_xla_numeric(spec):
+    against_reference(spec, "xla")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", NUMERIC, ids=str)
+@pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas on GPUs needs jax 0.11")
+def test_triton_numeric(spec):
+    """For real on a GPU, elsewhere interpreted."""
+    from kvx.kernels.decode_attention.triton import Tuning
+
+    tunings = [None] if ON_GPU else [Tuning(splits=splits, interpret=True) for splits in (1, 4)]
+    for tuning in tunings:
+        against_reference(spec, "triton", tuning=tuning)
+
+
+TINY = {
+    "rows": build("f32", (2, 2, 3, 200, 128), masked="both", dtype=jnp.float32),
+    "turned": build("f32 turned", (1, 8, 1, 256, 64), masked="both", dtype=jnp.float32, length=3, bias=True, tail=9),
+    "int8": build("int8", (1, 1, 8, 160, 128), dtype=jnp.float32),
+    "fp8": build("fp8", (1, 1, 2, 128, 128), dtype=jnp.float32, masked="positions"),
+    "int4": build("int4", (2, 1, 3, 512, 64), dtype=jnp.float32, masked="both", tail=17, group=32),
+    "int2": build("int2", (1, 2, 2, 512, 128), dtype=jnp.float32),
+    "uint8": build("uint8", (1, 1, 2, 256, 64), dtype=jnp.float32, group=32, masked="positions"),
+    "by slot": build("int4", (1, 1, 2, 256, 64), dtype=jnp.float32, group=32, masked="positions", keys_of="slots"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_mosaic_tpu_interpreted_numeric(name):
+    """Memory spaces and copies simulated, with race detection; float32, so that only the order of sums differs."""
+    from kvx.kernels.decode_attention.mosaic_tpu import Tuning
+
+    # Sums of up to 512 terms, codes' scales applied to other factors than the reference's.
+    spec = ArgSpec(name, TINY[name], {"scale": 0.1}, 5e-5)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        against_reference(spec, "mosaic_tpu", tuning=Tuning(128))
+
+
+@hypothesis.given(
+    kind=st.sampled_from(("f32", "f32 turned", "int8", "fp8", "int4", "int2", "uint8")),
+    heads=st.sampled_from((1, 3)),
+    group=st.sampled_from((1, 3)),
+    slots=st.sampled_from((32, 96)),
+    width=st.sampled_from((64, 128, 256)),
+    length=st.sampled_from((1, 2)),
+    masked=st.sampled_from(("", "lengths", "positions", "both")),
+    tail=st.sampled_from((0, 5)),
+    bias=st.booleans(),
+)
+@hypothesis.settings(max_examples=12, deadline=None)
+def test_any_shape_and_mask_equals_the_reference(kind, heads, group, slots, width, length, masked, tail, bias):
+    arrays = build(
+        kind,
+        (2, heads, group, slots, width),
+        length=length,
+        group=32,
+        dtype=jnp.float32,
+        masked=masked,
+        tail=tail,
+        bias=bias,
+    )
+    against_reference(ArgSpec("drawn", arrays, {"scale": width**-0.5}, 5 * EXACT), "xla")
+
+
+def call(kind: str = "f32", **more) -> dict:
+    return build(kind, (2, 2, 3, 64, 64), dtype=jnp.float32, group=32, **more)(jax.random.key(3)) | {"scale": 0.125}
+
+
+@pytest.mark.parametrize("kind", ["f32", "int4"])
+def test_slots_behind_a_length_are_as_if_empty(kind):
+    arrays = call(kind, masked="both")
+    lengths = arrays.pop("lengths")
+    index = jnp.arange(64)
+    by_positions = arrays | {"key_positions": jnp.where(index < lengths[..., None], arrays["key_positions"], -1)}
+    assert error(decode_attention(**by_positions), decode_attention(**arrays, lengths=lengths)) == 0
+
+
+def test_a_bias_is_the_log_of_how_often_a_slot_counts():
+    arrays = call(masked="positions")
+    counts = jnp.where(jnp.arange(64) < 20, 2, 1)
+    twice = {
+        name: Rows(jnp.concatenate([arrays[name].array, arrays[name].array[:, :, :20]], axis=2))
+        for name in ("keys", "values")
+    }
+    slots = jnp.concatenate([arrays["key_positions"], arrays["key_positions"][:, :, :20]], axis=2)
+    found = decode_attention(**arrays, bias=jnp.broadcast_to(jnp.log(counts), (2, 2, 64)).astype(jnp.float32))
+    assert error(decode_attention(**arrays | twice | {"key_positions": slots}), found) < EXACT
+
+
+def test_a_tail_is_one_more_partial():
+    arrays = call("int4", masked="positions", tail=7)
+    tail = arrays.pop("tail")
+    alone = decode_attention(
+        arrays["queries"], tail.keys, tail.values, arrays["query_positions"], tail.positions, scale=0.125
+    )
+    merged = merge_partials(decode_attention(**arrays), alone)
+    assert error(merged, decode_attention(**arrays, tail=tail)) < EXACT
+
+
+@pytest.mark.parametrize("kind", ["f32", "int2"])
+def test_probabilities_are_the_softmax_that_the_output_is_the_mean_under(kind):
+    arrays = call(kind, masked="both", tail=7)
+    part, weights = decode_attention(**arrays, probabilities=True)
+    seen = np.isfinite(np.asarray(part.lse))
+    assert np.allclose(np.asarray(weights.sum(-1)), seen, atol=1e-5)  # sums of 71 float32 terms
+    values = arrays["values"].array if kind == "f32" else jnp.swapaxes(arrays["values"].decode(), -1, -2)
+    values = jnp.concatenate([values, arrays["tail"].values], axis=2)
+    assert np.allclose(jnp.einsum("bgrtc,bgcv->bgrtv", weights, values), part.out, atol=1e-5)
+    lengths = arrays.pop("lengths")
+    limited = jnp.where(jnp.arange(64) < lengths[..., None], arrays["key_positions"], -1)
+    arrays |= {"key_positions": limited}
+    del arrays["values"]
+    assert np.allclose(decode_probabilities(**arrays, lse=part.lse), weights, atol=1e-6)
+
+
+def test_numbers_of_8_bits_are_within_half_a_step():
+    rows = jax.random.normal(jax.random.key(0), (1, 2, 9, 16))
+    whole = Rows.encode(rows, jnp.int8)
+    decoded = whole.array.astype(jnp.float32) * whole.scale[..., None]
+    assert (jnp.abs(decoded - rows) <= whole.scale[..., None] * 0.5001).all()
+    floating = Rows.encode(rows, jnp.float8_e4m3fn, slots_last=True)
+    assert floating.width == 16 and floating.slots == 9
+    decoded = jnp.swapaxes(floating.array.astype(jnp.float32), -1, -2) * floating.scale[..., None]
+    # Three bits of mantissa: half a step is a sixteenth; below the normal numbers, half of the least step.
+    assert (jnp.abs(decoded - rows) <= jnp.abs(rows) / 16 + floating.scale[..., None] * 2.0**-10).all()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"implementation": "cuda"}, "implementation is 'cuda'"),
+        ({"window": 8}, "window is 8"),
+        ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"bias": jnp.zeros((2, 2, 5))}, "bias has shape"),
+        ({"lengths": jnp.zeros((1, 1), jnp.int32)}, "lengths has shape"),
+        ({"key_positions": jnp.zeros((2, 2, 64), jnp.int32)}, "query_positions is None"),
+        ({"values": Rows(jnp.zeros((2, 2, 32, 64)))}, "values has 32 slots"),
+        ({"keys": Rows(jnp.zeros((2, 2, 64, 32)))}, "keys has rows of 32"),
+        ({"values": ChannelCodes.encode(jnp.zeros((2, 2, 64, 64)), 4, 32)}, "values is ChannelCodes"),
+        ({"implementation": "mosaic_tpu"}, "slots_last=True"),
+        ({"implementation": "mosaic_tpu", "queries": jnp.zeros((2, 2, 3, 17, 64))}, "17 tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(change, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        decode_attention(**call(masked="") | change)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "triton"])
+def test_kernels_name_the_codes_that_they_take(implementation):
+    if implementation == "triton" and not NEW_ENOUGH:
+        pytest.skip("Pallas on GPUs needs jax 0.11")
+    rows = jnp.zeros((1, 1, 64, 64))
+    arrays = {"queries": jnp.zeros((1, 1, 1, 1, 64)), "scale": 1.0, "implementation": implementation}
+    with pytest.raises(ValueError, match="codes of 3 bits"):
+        decode_attention(keys=ChannelCodes.encode(rows, 3, 32), values=TokenCodes.encode(rows, 3, 32), **arrays)
+    nested = ChannelCodes.encode(rows, 4, 32, nested=True)
+    with pytest.raises(ValueError, match="nested"):
+        decode_attention(keys=nested, values=TokenCodes.encode(rows, 4, 32, nested=True), **arrays)
+
+
+@pytest.mark.skipif(NEW_ENOUGH, reason="this jax has it")
+def test_an_old_jax_is_refused_on_gpus():
+    with pytest.raises(ValueError, match="GPU kernels need"):
+        decode_attention(**call(masked=""), implementation="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas on GPUs needs jax 0.11")
+@pytest.mark.parametrize("spec", [*NUMERIC, *(s for s in AOT if " b8 " in s.name)], ids=str)
+def test_triton_lowers_for_cuda(spec):
+    lowered(spec)
+
+
+def lowered(spec: ArgSpec) -> None:
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    def run(arrays):
+        return decode_attention(**arrays, **spec.options, implementation="triton")
+
+    mesh = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None))
+    with use_abstract_mesh(mesh):
+        text = jax.jit(run).trace(spec.abstract()).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in text
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install kvx[aot]")
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+def test_ci_shapes_compile_for_every_chip_without_moving_the_cache(chip):
+    from tests.kernels.tpu_compilation import compiled
+
+    for spec in CI:
+        found = compiled("decode_attention", spec.name, chip)
+        assert found["good"], found
