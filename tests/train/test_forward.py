@@ -22,7 +22,10 @@ def latent(*layers):
     return CONFIGS["llama2"] | {"kvx_mla": {"layers": {str(layer): entry for layer in layers}}}
 
 
-@pytest.mark.parametrize("name", ["llama3.2-tied", "qwen2-window", "gemma3", "latent", "hybrid"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama3.2-tied", "qwen2-window", "gemma3", "latent")]
+
+
+@pytest.mark.parametrize("name", ["hybrid", *SLOW])
 def test_it_gives_the_logits_of_the_layer_loop(name):
     """Within float32 rounding of logits near 10; Gemma's windows make runs of equal layers between others."""
     config = {"latent": latent(0, 1, 2), "hybrid": latent(1)}.get(name) or CONFIGS[name]
@@ -31,6 +34,7 @@ def test_it_gives_the_logits_of_the_layer_loop(name):
     np.testing.assert_allclose(found, forward(model, ROWS, SEGMENTS), atol=5e-5)
 
 
+@pytest.mark.slow
 def test_hidden_states_are_those_of_every_layer_and_the_last_layers_heads_are_rotated():
     model = random_model(CONFIGS["llama2"], seed=1)
     _, outputs = forward(model, ROWS, hidden=True)
