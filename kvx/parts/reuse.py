@@ -1,5 +1,6 @@
 """The stage that reads sparsely by what layers below found: exact top slots, reused up the layers (grid 4)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from kvx.context import Context
+from kvx.decoder import AttentionSpec
 from kvx.errors import BadInput
 from kvx.evidence import Evidence
 from kvx.kernels.merge_partials import Partial
@@ -46,6 +48,11 @@ class Reuse(Stage):
     def at(self, layer: int, layers: int) -> "Reuse | None":
         choosing = self.choosing(layers)
         return None if layer < min(choosing) else replace(self, sparse=layer not in choosing)
+
+    def objection(self, layers: Mapping[int, AttentionSpec]) -> str | None:
+        if len({(each.kv_heads, each.heads) for each in layers.values()}) > 1:
+            return "reuses choices of heads up the layers, but their heads differ; allowed: models of layers alike"
+        return None
 
     def choosing(self, layers: int) -> set[int]:
         """The layers that choose, in a model of so many.

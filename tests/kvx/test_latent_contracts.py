@@ -28,17 +28,13 @@ CASES = {
     "hashevict": "hashevict({budget})",
     "roco": "roco({budget})",
     "quest": "quest({budget}, page=8, skip=(1,))",
-    "tidaldecode": "tidaldecode({budget}, layers=(0,))",
     "paged": "paged()",
     "snapkv+paged": "snapkv({budget}, window=8)+paged(8)",
     "latent_codes": "latent_codes({codes})",
     "snapkv+latent_codes": "snapkv({budget}, window=8)+latent_codes({codes})",
     "h2o+latent_codes": "h2o({budget})+latent_codes({codes})",
 }
-EVICTING = [
-    name for name in CASES if name.split("+")[0] not in ("full", "latent_codes", "quest", "tidaldecode", "paged")
-]
-QUICK = {"snapkv", "h2o", "latent_codes"}
+EVICTING = [name for name in CASES if name.split("+")[0] not in ("full", "latent_codes", "quest", "paged")]
 
 
 def policy(name: str, budget: int, codes: str = "bits=8"):
@@ -46,8 +42,9 @@ def policy(name: str, budget: int, codes: str = "bits=8"):
     return kvx.parse_policy(CASES[name].format(budget=budget, codes=codes))
 
 
-def cases(names=CASES) -> list:
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def cases(quick: str) -> list:
+    """Every case as a test's parameter; all but one run with the slower tests."""
+    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +52,7 @@ def model():
     return tiny_latent.model("a rotary key for every two heads", latent=(0, 2))
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", cases(quick="latent_codes"))
 def test_a_budget_that_holds_every_token_is_the_full_cache(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     full, _ = run(model, kvx.policies.full(), tokens, lengths, forced())
@@ -64,7 +61,7 @@ def test_a_budget_that_holds_every_token_is_the_full_cache(model, name):
     assert np.abs(scores - full).max() < 2e-4
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", cases(quick="h2o"))
 def test_a_row_of_a_batch_equals_the_row_alone(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     scores, cache = run(model, policy(name, BUDGET), tokens, lengths, forced())
@@ -76,7 +73,8 @@ def test_a_row_of_a_batch_equals_the_row_alone(model, name):
         assert np.abs(alone[0] - scores[row]).max() < (0.1 if "codes" in name else 5e-4)
 
 
-@pytest.mark.parametrize("name", cases(EVICTING))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVICTING)
 def test_the_budget_bounds_what_is_kept_and_bytes_are_saved(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     chosen = policy(name, BUDGET)
@@ -97,6 +95,18 @@ def test_chunked_prefill_that_compresses_at_the_end_equals_unchunked(model, name
     chunked, pieces = run(model, policy(name, BUDGET, "bits=None"), tokens, lengths, forced(), prefill_chunk=32)
     assert [kept(cache, row) for row in range(3)] == [kept(pieces, row) for row in range(3)]
     assert np.abs(whole - chunked).max() < 5e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text", ["cake({}, window=8)", "tidaldecode({}, layers=(0,))", "razor_attention({}, heads=())"]
+)
+def test_policies_whose_layers_have_to_be_alike_serve_latent_ones(text):
+    """At a budget that holds every token; those of a hybrid are refused (`stores/test_latent.py`)."""
+    tokens, lengths = tiny.prompts(*LENGTHS)
+    full, _ = run(tiny_latent.model(), kvx.policies.full(), tokens, lengths, forced())
+    scores, _ = run(tiny_latent.model(), kvx.parse_policy(text.format(4096)), tokens, lengths, forced())
+    assert np.abs(scores - full).max() < 2e-4
 
 
 @pytest.mark.slow
@@ -123,7 +133,7 @@ def test_codes_of_eight_bits_hardly_change_what_is_read(model):
     assert cache.nbytes < exact.nbytes
 
 
-@pytest.mark.parametrize("column", [SUM, SQUARE, replace(SQUARE, pooled=True)], ids=["sum", "squares", "pooled"])
+@pytest.mark.parametrize("column", [SUM, replace(SQUARE, pooled=True)], ids=["sum", "pooled squares"])
 def test_evidence_is_about_the_rows_that_are_kept_whatever_form_attends(model, column):
     """Columns and rows of a prompt, which every head attends apart, against those of [rotary key ; latent]."""
     block, x = model.blocks[0], model.embed(jnp.asarray(tiny.prompts(30, 30)[0]))

@@ -30,7 +30,7 @@ def test_the_absorbed_form_equals_the_expanded_one(kind):
     assert jnp.abs(reference_forward(model, tokens()) - forward(model, tokens())).max() < ROUNDING
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_both_forms_agree_under_any_mask(blocks):
     """Packed documents, padding, a sliding window and a soft cap at once."""
     latent = tiny_latent.layer(blocks=blocks, heads=4)
@@ -49,7 +49,9 @@ def test_both_forms_agree_under_any_mask(blocks):
         assert jnp.abs(absorbed - expanded)[positions >= 0].max() < ROUNDING
 
 
-@pytest.mark.parametrize("kind", ["a rotary key for every two heads", "norms and a query rank"])
+@pytest.mark.parametrize(
+    "kind", ["a rotary key for every two heads", pytest.param("norms and a query rank", marks=pytest.mark.slow)]
+)
 def test_steps_after_a_prefill_equal_the_plain_pass(kind):
     model, text = tiny_latent.model(kind, latent=(0, 2)), tokens(30)
     logits, cache = kvx.prefill(model, text[:, :17], kvx.policies.full(), max_new_tokens=13)
@@ -148,30 +150,31 @@ def test_packed_documents_are_what_they_are_alone_and_hidden_states_come_along()
     np.testing.assert_array_equal(model.unembed(hidden[-1]), packed)
 
 
-def test_gradients_match_finite_differences_with_and_without_remat():
-    model = tiny_latent.model("norms and a query rank", latent=(0, 2))
+def next_token_loss(model, remat: bool = False):
+    """Cross-entropy of the next token over twelve."""
+    logits = jax.nn.log_softmax(forward(model, tokens(12), remat=remat))
+    return -jnp.mean(jnp.take_along_axis(logits[:, :-1], tokens(12)[:, 1:, None], axis=-1))
 
-    def loss(model, remat):
-        logits = jax.nn.log_softmax(forward(model, tokens(12), remat=remat))
-        return -jnp.mean(jnp.take_along_axis(logits[:, :-1], tokens(12)[:, 1:, None], axis=-1))
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)(model, False)
-    again = jax.jit(jax.grad(loss), static_argnums=1)(model, True)
-    attention = gradient.blocks[0].attention
-    slopes = {name: parameter[...] for name, parameter in parameters(attention).items()}
-    for name, other in parameters(again.blocks[0].attention).items():
-        np.testing.assert_allclose(other[...], slopes[name], atol=1e-6)
-    value = jax.jit(loss, static_argnums=1)
-    for name, direction in slopes.items():
-        step = 1e-2 / jnp.linalg.norm(direction)
-        ends = []
-        for sign in (-1, 1):
-            moved = changed(
-                model, 0, **{name: parameters(model.blocks[0].attention)[name][...] + sign * step * direction}
-            )
-            ends.append(value(moved, False))
+def test_gradients_match_finite_differences():
+    model = tiny_latent.model("norms and a query rank", latent=(0,), num_hidden_layers=2)
+    gradient = jax.jit(jax.grad(next_token_loss))(model)
+    value, weights = jax.jit(next_token_loss), parameters(model.blocks[0].attention)
+    for name, slope in parameters(gradient.blocks[0].attention).items():
+        step = 1e-2 / jnp.linalg.norm(slope[...])
+        ends = [value(changed(model, 0, **{name: weights[name][...] + sign * step * slope[...]})) for sign in (-1, 1)]
         # A float32 difference of a loss near 6 keeps about two digits.
-        np.testing.assert_allclose((ends[1] - ends[0]) / (2 * step), jnp.sum(direction**2), rtol=3e-2, err_msg=name)
+        wanted = jnp.sum(slope[...] ** 2)
+        np.testing.assert_allclose((ends[1] - ends[0]) / (2 * step), wanted, rtol=3e-2, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [True, jax.checkpoint_policies.dots_saveable], ids=["all", "but products"])
+def test_what_is_computed_again_gives_the_same_gradients(remat):
+    model = tiny_latent.model("biases", latent=(0, 2))
+    gradient = jax.jit(jax.grad(next_token_loss), static_argnums=1)
+    for ours, theirs in zip(jax.tree.leaves(gradient(model, remat)), jax.tree.leaves(gradient(model)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_only_the_named_layers_change_and_the_rest_is_shared():

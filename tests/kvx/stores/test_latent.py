@@ -146,5 +146,7 @@ def test_what_cannot_be_coded_is_refused():
         kvx.BadInput, match="one pool, but their tokens differ in width; allowed: models of layers alike"
     ):
         kvx.prefill(tiny_latent.model(latent=(1,)), tokens, kvx.policies.cake(budget=32, window=8))
+    with pytest.raises(kvx.BadInput, match="but their heads differ; allowed: models of layers alike"):
+        kvx.prefill(tiny_latent.model(latent=(1,)), tokens, kvx.policies.tidaldecode(budget=32, layers=(0,)))
     with pytest.raises(kvx.BadInput, match="bits=5"):
         kvx.policies.latent_codes(bits=5)
