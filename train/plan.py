@@ -50,15 +50,15 @@ class Plan:
 
     def table(self) -> Table:
         """For the terminal."""
-        table = Table(title=f"{self.name}: {self.recipe} of {self.model}, taught by {self.teacher}")
-        for name in ("stage", "steps", "tokens", "of a step"):
-            table.add_column(name, justify="right")
+        table = Table(title=self.name, title_justify="left", show_header=False)
+        table.add_row("model", f"{self.model}, taught by {self.teacher}")
+        table.add_row("conversion", self.recipe)
+        table.add_row("text", f"{self.documents:,} documents, {self.held_out:,} held out, {self.pairs:,} pairs")
         for index, stage in enumerate(self.stages):
-            table.add_row(
-                f"{index} {stage.kind}", f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.tokens_of_a_step:,}"
-            )
-        axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
-        table.caption = f"{self.documents:,} documents, {self.held_out:,} held out, {self.pairs:,} pairs; {axes}"
+            steps = f"{stage.steps:,} steps of {stage.tokens_of_a_step:,} tokens, {stage.tokens:,} in all"
+            table.add_row(f"stage {index}, {stage.kind}", steps)
+        table.add_row("mesh", " x ".join(f"{axis} {size}" for axis, size in self.mesh.items()))
+        table.add_row("output", self.output)
         return table
 
 

@@ -69,7 +69,7 @@ class Result:
         table = Table(title=f"{self.name}: {self._end()}", title_justify="left")
         table.add_column("")
         table.add_column("", justify="right")
-        if self.before is not None:
+        if self.before is not None and self.after is not None:
             table.add_row("cache bytes a token", f"{self.after} of {self.before}, {self.after / self.before:.1%}")
         for name, loss in zip(("held-out perplexity at first", "at last"), self.held_out, strict=False):
             table.add_row(name, f"{math.exp(loss):.2f}")
@@ -107,7 +107,7 @@ def run_job(
     Raises:
         BadInput: a job that cannot run; a folder that holds another run, or this one without `resume`.
     """
-    console = console or Console(stderr=True)
+    shown = console or Console(stderr=True)
     shapes = check_job(job)
     folder = Path(str(job.output)).expanduser()
     _claim(folder, job, resume)
@@ -115,11 +115,11 @@ def run_job(
     source, _ = kvx.load(job.model, dtype=jnp.float32)
     student, report = converted(source, material)
     if report is not None and jax.process_index() == 0:
-        console.print(report)
+        shown.print(report)
     sizes = (None, None) if report is None else (report.before, report.after)
     teacher, steps, finished = _teacher(job, source), [], True
     for stage in range(len(job.stages)):
-        trainer = _trainer(material, stage, student, teacher, make_placement(job.mesh), seconds, tensorboard, console)
+        trainer = _trainer(material, stage, student, teacher, make_placement(job.mesh), seconds, tensorboard, shown)
         outcome = trainer.run(resume)
         student, finished = outcome.student, outcome.finished
         steps.append(outcome.step)
@@ -132,7 +132,7 @@ def run_job(
     verdicts: tuple[Verdict, ...] = ()
     if jax.process_index() == 0:
         _save(student, material, folder / "model")
-        verdicts = judge(student, material.tokenizer, material.held_out, job, console)
+        verdicts = judge(student, material.tokenizer, material.held_out, job, shown)
     return Result(job.name, str(folder), True, *sizes, tuple(steps), held_out, guide, verdicts, str(folder / "model"))
 
 

@@ -90,10 +90,10 @@ def test_the_order_is_the_seeds_and_another_every_epoch():
     np.testing.assert_array_equal(epochs(shuffle=False), [np.arange(1, 41)] * 2)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(taken=st.integers(0, 60), longest=st.integers(2, 40), seed=st.integers(0, 9))
 def test_a_restored_stream_goes_on_as_if_it_had_not_stopped(taken, longest, seed):
-    lengths = np.random.default_rng(seed).integers(1, longest, 100)
+    lengths = np.random.default_rng(seed).integers(1, longest, 400)  # shuffling few documents is slow in grain
 
     def stream():
         return text_batches(runs(*lengths), IDS, sequence=7, batch=3, seed=seed)

@@ -44,7 +44,8 @@ steps = 12
 batch = 8
 learning_rate = 3e-3
 compute_dtype = "float32"
-loss = { ce = 1.0, kl = 0.1 }
+loss.ce = 1.0
+loss.kl = 0.1
 [[stages]]
 kind = "dpo"
 steps = 2
