@@ -7,7 +7,7 @@ float32 and takes the arrays as they lie; it is internal to JAX, so that every u
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 WIDEST = 128
@@ -34,15 +34,12 @@ def takes(queries: Array, keys: Array, values: Array) -> bool:
 
 
 def attend(
-    queries: Float[Array, "B G R T D"],
-    keys: Float[Array, "B G T D"],
-    values: Float[Array, "B G T D"],
-    lengths: Int[Array, "B"],
-    scale: float,
+    queries: Float[Array, "B G R T D"], keys: Float[Array, "B G T D"], values: Float[Array, "B G T D"], scale: float
 ) -> tuple[Float[Array, "B G R T D"], Float[Array, "B G R T"]]:
-    """Causal attention of rows of `lengths` tokens, padding last: output in the inputs' dtype, float32 log-sum-exp.
+    """Causal attention: output in the inputs' dtype, float32 log-sum-exp. The derivative is of the output alone.
 
-    What it gives for padding is not defined. The derivative is of the output alone.
+    Padding that comes last is seen by padding only, so that no lengths need be told; what it gives itself is for the
+    caller to clear.
     """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
@@ -51,10 +48,8 @@ def attend(
         queries.reshape(batch, kv_heads * group, length, dim),
         keys,
         values,
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
         scale=scale,
-        mask_type=fused.MaskType.PADDING_CAUSAL,
+        mask_type=fused.MaskType.CAUSAL,
         qkv_layout="BNTH",
         return_residual=True,
     )

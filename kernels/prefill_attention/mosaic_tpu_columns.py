@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.lax import div, rem
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.prefill_attention.columns import Column
@@ -35,7 +36,7 @@ def _kernel(
     outs, found = rest[: len(columns)], rest[len(columns) :]
     batch, head, block, step = (pl.program_id(axis) for axis in range(4))
     kv_heads = pl.num_programs(1) // parts
-    place = (batch * kv_heads + head // parts) * pl.num_programs(2) + block
+    place = (batch * kv_heads + div(head, parts)) * pl.num_programs(2) + block
     start, full, stop, end = runs_of(runs, place)
     here = start + step
 
@@ -116,7 +117,7 @@ def statistics(
 
     def there(b, h, i, j, runs):
         """The block of queries of this step; beyond the last one, the last one, which is there already."""
-        start, _, _, end = runs_of(runs, (b * kv_heads + h // parts) * counts[0] + i)
+        start, _, _, end = runs_of(runs, (b * kv_heads + div(h, parts)) * counts[0] + i)
         return jnp.maximum(jnp.minimum(start + j, end - 1), 0)
 
     def at(shape, where):
@@ -124,18 +125,22 @@ def statistics(
         return pl.BlockSpec(shape, lambda b, h, i, j, runs, widths: where(b, h, i, there(b, h, i, j, runs)))
 
     if is_turned(dim):
-        key_spec = at((None, None, dim, key_block), lambda b, h, i, q: (b, h // parts, 0, i))
-        query_spec = at((None, None, heads, dim, query_block), lambda b, h, i, q: (b, h // parts, h % parts, 0, q))
+        key_spec = at((None, None, dim, key_block), lambda b, h, i, q: (b, div(h, parts), 0, i))
+        query_spec = at(
+            (None, None, heads, dim, query_block), lambda b, h, i, q: (b, div(h, parts), rem(h, parts), 0, q)
+        )
     else:
-        key_spec = at((None, None, key_block, dim), lambda b, h, i, q: (b, h // parts, i, 0))
-        query_spec = at((None, None, heads, query_block, dim), lambda b, h, i, q: (b, h // parts, h % parts, q, 0))
+        key_spec = at((None, None, key_block, dim), lambda b, h, i, q: (b, div(h, parts), i, 0))
+        query_spec = at(
+            (None, None, heads, query_block, dim), lambda b, h, i, q: (b, div(h, parts), rem(h, parts), q, 0)
+        )
     row = at((None, 1, query_block), lambda b, h, i, q: (b, 0, q))
     specs = [
         key_spec,
         query_spec,
-        at((None, None, heads, 1, query_block), lambda b, h, i, q: (b, h // parts, h % parts, 0, q)),
+        at((None, None, heads, 1, query_block), lambda b, h, i, q: (b, div(h, parts), rem(h, parts), 0, q)),
         row,
-        at((None, None, 1, key_block), lambda b, h, i, q: (b, h // parts, 0, i)),
+        at((None, None, 1, key_block), lambda b, h, i, q: (b, div(h, parts), 0, i)),
     ]
     operands = [turn(keys), turn(queries), base, query_positions[:, None], key_positions[:, :, None]]
     if segments is not None:
@@ -144,7 +149,7 @@ def statistics(
     if votes is not None:
         specs.append(at((None, len(columns), query_block), lambda b, h, i, q: (b, 0, q)))
         operands.append(votes)
-    out = at((None, None, None, 1, key_block), lambda b, h, i, q: (b, h // parts, h % parts, 0, i))
+    out = at((None, None, None, 1, key_block), lambda b, h, i, q: (b, div(h, parts), rem(h, parts), 0, i))
     found = pl.pallas_call(
         partial(
             _kernel, columns=tuple(columns), parts=parts, scale=scale, window=window, softcap=softcap, dim=dim,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.lax import div, rem
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.prefill_attention.mosaic_tpu_tiles import (
@@ -28,7 +29,7 @@ def _kernel(runs, query, key, value, positions, spots, *rest, heads: int, scale,
     labels, others, out, lse, mixed, top, total = (*rest,) if len(rest) == 7 else (None, None, *rest)
     batch, head, block, step = (pl.program_id(axis) for axis in range(4))
     kv_heads = pl.num_programs(1) // heads
-    place = (batch * kv_heads + head // heads) * pl.num_programs(2) + block
+    place = (batch * kv_heads + div(head, heads)) * pl.num_programs(2) + block
     start, full, stop, end = runs_of(runs, place)
     here = start + step
 
@@ -86,27 +87,27 @@ def forward(
 
     def there(b, h, i, j, runs):
         """The block of keys of this step; beyond the last one, the last one, which is there already."""
-        start, _, _, end = runs_of(runs, (b * kv_heads + h // group) * counts[0] + i)
+        start, _, _, end = runs_of(runs, (b * kv_heads + div(h, group)) * counts[0] + i)
         return jnp.maximum(jnp.minimum(start + j, end - 1), 0)
 
     def of_query(channels):
         if is_turned(channels):
             return pl.BlockSpec(
                 (None, None, None, channels, query_block),
-                lambda b, h, i, j, runs: (b, h // group, h % group, 0, i),
+                lambda b, h, i, j, runs: (b, div(h, group), rem(h, group), 0, i),
             )
         return pl.BlockSpec(
-            (None, None, None, query_block, channels), lambda b, h, i, j, runs: (b, h // group, h % group, i, 0)
+            (None, None, None, query_block, channels), lambda b, h, i, j, runs: (b, div(h, group), rem(h, group), i, 0)
         )
 
     def of_keys(channels):
         if is_turned(channels):
             return pl.BlockSpec(
                 (None, None, channels, key_block),
-                lambda b, h, i, j, runs: (b, h // group, 0, there(b, h, i, j, runs)),
+                lambda b, h, i, j, runs: (b, div(h, group), 0, there(b, h, i, j, runs)),
             )
         return pl.BlockSpec(
-            (None, None, key_block, channels), lambda b, h, i, j, runs: (b, h // group, there(b, h, i, j, runs), 0)
+            (None, None, key_block, channels), lambda b, h, i, j, runs: (b, div(h, group), there(b, h, i, j, runs), 0)
         )
 
     row = pl.BlockSpec((None, 1, query_block), lambda b, h, i, j, runs: (b, 0, i))
@@ -115,7 +116,9 @@ def forward(
         of_keys(dim),
         of_keys(width),
         row,
-        pl.BlockSpec((None, None, 1, key_block), lambda b, h, i, j, runs: (b, h // group, 0, there(b, h, i, j, runs))),
+        pl.BlockSpec(
+            (None, None, 1, key_block), lambda b, h, i, j, runs: (b, div(h, group), 0, there(b, h, i, j, runs))
+        ),
     ]
     operands = [turn(queries), turn(keys), turn(values), query_positions[:, None], key_positions[:, :, None]]
     if segments is not None:
@@ -131,7 +134,7 @@ def forward(
             out_specs=[
                 of_query(width),
                 pl.BlockSpec(
-                    (None, None, None, 1, query_block), lambda b, h, i, j, runs: (b, h // group, h % group, 0, i)
+                    (None, None, None, 1, query_block), lambda b, h, i, j, runs: (b, div(h, group), rem(h, group), 0, i)
                 ),
             ],
             scratch_shapes=[

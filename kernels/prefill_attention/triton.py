@@ -5,6 +5,7 @@ nobody asks. The backward pass is cuDNN's where the first pass was and only the 
 """
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ class Tuning:
     """All passes, and whether cuDNN may take the first.
 
     Attributes:
+        ahead: in the pass over columns, form a block's products while the one before is mapped.
         interpret: run the kernels in Pallas' interpreter, on any platform: for tests.
     """
 
@@ -46,6 +48,7 @@ class Tuning:
     columns: Pass = Pass(128, 128, 8, 3)
     backward: Pass = Pass(64, 64, 4, 2)
     cudnn: bool = True
+    ahead: bool = False
     interpret: bool = False
 
 
@@ -63,7 +66,7 @@ def default_tuning(dim: int, size: int) -> Tuning:
 
 
 CANDIDATES = tuple(
-    Tuning(columns=Pass(*shape)) for shape in (
+    Tuning(columns=Pass(*shape), ahead=ahead) for ahead in (False, True) for shape in (
         (128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3),
         (64, 256, 8, 3), (128, 128, 4, 3),
     )
@@ -162,12 +165,10 @@ class _Problem:
 
     def plainly(self):
         """Through cuDNN: (output, log-sum-exp), and the pullback of the output."""
-        real = self.sight.query_positions >= 0
-        lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
+        seen = (self.sight.query_positions >= 0)[:, None, None]
 
         def attend(queries, keys, values):
-            out, lse = cudnn.attend(queries, keys, values, lengths, self.scale)
-            seen = real[:, None, None]
+            out, lse = cudnn.attend(queries, keys, values, self.scale)
             return jnp.where(seen[..., None], out, 0), jnp.where(seen, lse, -jnp.inf)
 
         return jax.vjp(attend, self.queries, self.keys, self.values)
@@ -201,13 +202,13 @@ class _Problem:
         padded = self._padded(cut)
         positions, lengths = padded.sight.query_positions, padded.sight.lengths
         votes = widths = None
-        if lengths is not None:
+        if any(min(column.near, column.last) < inf for column in columns):
             votes = jnp.stack([column.votes(positions, lengths) for column in columns], axis=1)
             widths = jnp.stack([near_width(lengths, column.near) for column in columns], axis=1)
         found = statistics(
             padded._runs(cut)[1], padded.queries, padded.keys, _lengthened(lse, 3, padded.queries.shape[3], -jnp.inf),
             positions, padded.sight.key_positions, padded.sight.segments, votes, widths, columns=columns,
-            **self._kernel(cut),
+            ahead=self.tuning.ahead, **self._kernel(cut),
         )  # fmt: skip
         return [array[..., : self.keys.shape[2]] for array in found]
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.prefill_attention.columns import Column
-from kvx.kernels.prefill_attention.triton_tiles import LOG2E, Logits, rows_of, sweep, tile_mask
+from kvx.kernels.prefill_attention.triton_tiles import LOG2E, Logits, dot, rows_of, sweep, tile_mask
 
 TILES = 1
 """Statistics that are kept as whole tiles at most; a second one does not fit the registers of a wide block."""
@@ -25,7 +25,7 @@ TILES = 1
 
 def _kernel(
     runs, keys, queries, lse, positions, spots, *rest, columns: tuple[Column, ...], logits, window, blocks, segmented,
-    voting,
+    voting, ahead,
 ):  # fmt: skip
     query_block, key_block = blocks
     rest = list(rest)
@@ -37,23 +37,33 @@ def _kernel(
     heads = queries.shape[0]
     tiles = len(columns) <= TILES
 
-    def body(block, found, masked):
+    def products(block):
+        rows = rows_of(block, query_block)
+        return tuple(
+            dot(plgpu.load(queries.at[head, rows, :]), key, trans_b=True) for head in np.arange(heads, dtype=np.int32)
+        )
+
+    def body(block, carry, masked):
+        found, scores = carry
+        # Tensor cores may work on the next block's products while this one's exponentials are taken.
+        following = products(jnp.minimum(block + 1, runs[np.int32(3)] - 1)) if ahead else ()
         rows = rows_of(block, query_block)
         position = plgpu.load(positions.at[rows]) if masked or voting else None
         mean = None
-        for head in np.arange(heads, dtype=np.int32):
-            scores = logits.of(plgpu.load(queries.at[head, rows, :]), key)
-            given = jnp.exp2(scores - plgpu.load(lse.at[head, rows])[:, None])
+        for head, score in enumerate(scores or products(block)):
+            base = plgpu.load(lse.at[np.int32(head), rows])
+            given = jnp.exp2(logits.scaled(score) - base[:, None])
             mean = given if mean is None else mean + given
         if heads > 1:
             mean = mean * (1 / heads)
         if masked:
             pair = None if labels is None else (plgpu.load(labels.at[rows])[:, None], theirs[None, :])
             mean = jnp.where(tile_mask(position[:, None], spot[None, :], window, pair), mean, 0.0)
-        return tuple(
+        found = tuple(
             column.combine(so_far, _mapped(place, column, mean, position, rows))
             for place, (column, so_far) in enumerate(zip(columns, found, strict=True))
         )
+        return found, following
 
     def _mapped(place, column, given, position, rows):
         if column.near < inf:
@@ -65,7 +75,10 @@ def _kernel(
         return given if tiles else column.reduced(given, axis=0)
 
     shape = (query_block, key_block) if tiles else (key_block,)
-    found = sweep(runs, body, tuple(jnp.zeros(shape, jnp.float32) for _ in columns))
+    start = tuple(jnp.zeros(shape, jnp.float32) for _ in columns)
+    # A block of keys that nobody sees has an empty run, which may start beyond the last block.
+    first = jnp.minimum(runs[np.int32(0)], queries.shape[1] // query_block - 1)
+    found, _ = sweep(runs, body, (start, products(first) if ahead else ()))
     for column, out, array in zip(columns, outs, found, strict=True):
         out[...] = column.reduced(array, axis=0) if tiles else array
 
@@ -87,6 +100,7 @@ def statistics(
     blocks: tuple[int, int],
     warps: int,
     stages: int,
+    ahead: bool = False,
     interpret: bool = False,
 ) -> list[Float[Array, "B G R S"]]:
     """Statistics of columns that are all pooled, or none of them.
@@ -94,6 +108,7 @@ def statistics(
     Args:
         lse: natural; a row of -inf counts nowhere.
         votes, widths: of each column, what queries count for and how near is near; None if no column asks.
+        ahead: form a block's products while the one before is mapped.
     """
     batch, kv_heads, group, length, dim = queries.shape
     total = keys.shape[2]
@@ -137,7 +152,7 @@ def statistics(
     found = pl.pallas_call(
         partial(
             _kernel, columns=tuple(columns), logits=logits, window=window, blocks=blocks,
-            segmented=segments is not None, voting=votes is not None,
+            segmented=segments is not None, voting=votes is not None, ahead=ahead,
         ),
         grid=(total // key_block, kv_heads * parts, batch),
         in_specs=specs,

@@ -33,7 +33,10 @@ class Logits:
 
     def of(self, first: Float[Array, "M D"], second: Float[Array, "N D"]) -> Float[Array, "M N"]:
         """Of every row of the first operand with every row of the second."""
-        scores = dot(first, second, trans_b=True)
+        return self.scaled(dot(first, second, trans_b=True))
+
+    def scaled(self, scores: Float[Array, "M N"]) -> Float[Array, "M N"]:
+        """Of plain products."""
         if self.softcap is None:
             return scores * (self.scale * LOG2E)
         return jnp.tanh(scores * (self.scale / self.softcap)) * (self.softcap * LOG2E)

@@ -1,4 +1,7 @@
-"""Prefill attention: the blocked form against the plain one, and what its statistics must add up to."""
+"""Prefill attention: the blocked form against the plain one, what its statistics must add up to, and what is refused.
+
+Its kernels for accelerators are tested in `test_prefill_kernels.py`, its derivative in `test_prefill_gradients.py`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,9 @@ from hypothesis import strategies as st
 
 from kvx.kernels.logits import SHARED
 from kvx.kernels.prefill_attention import prefill_attention
+from kvx.kernels.prefill_attention.arg_specs import NUMERIC
 from kvx.kernels.prefill_attention.columns import MAX, SQUARE, SUM, Column
+from tests.kernels.prefill_numerics import check_numeric
 
 VOTE = Column(last=0.2, rise=1.2)
 COLUMNS = (
@@ -154,14 +159,38 @@ def test_a_table_says_which_label_sees_which():
     np.testing.assert_allclose(np.asarray(out[:, :, :, 70:]), np.asarray(alone[:, :, :, 30:]), atol=1e-5)
 
 
-@pytest.mark.parametrize("argument", [0, 1, 2])
-def test_gradients_of_output_and_log_sum_exp_equal_the_references(argument):
-    operands = case(1, 2, 2, 150, 0, 16, [150])
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", NUMERIC, ids=str)
+def test_xla_numeric(spec):
+    check_numeric(spec, "xla")
 
-    def loss(array, implementation):
-        given = [*operands[:argument], array, *operands[argument + 1 :]]
-        out, lse, _ = prefill_attention(*given, scale=0.25, implementation=implementation)
-        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
 
-    fast, plain = (jax.grad(loss)(operands[argument], name) for name in ("xla", "reference"))
-    np.testing.assert_allclose(np.asarray(fast), np.asarray(plain), atol=2e-5, rtol=1e-4)
+def operands(**shapes):
+    """Operands of a fitting call, some of them in other shapes."""
+    fitting = {"queries": (1, 2, 2, 8, 16), "keys": (1, 2, 8, 16), "values": (1, 2, 8, 16)} | shapes
+    index = jnp.arange(8, dtype=jnp.int32)
+    arrays = {name: jnp.zeros(shape, jnp.float32) for name, shape in fitting.items()}
+    positions = jnp.broadcast_to(index, fitting["keys"][:3])
+    return arrays | {"query_positions": index[None], "key_positions": positions, "scale": 1.0}
+
+
+REFUSED = {
+    "an implementation that there is not": (operands(), {"implementation": "cuda"}, "reference, xla, mosaic_tpu"),
+    "a tuning of an implementation without one": (operands(), {"implementation": "xla", "tuning": 3}, "takes None"),
+    "channels that a TPU kernel cannot take": (operands(), {"implementation": "mosaic_tpu"}, "16 channels"),
+    "a statistic of near queries without lengths": (operands(), {"columns": (Column(near=0.5),)}, "lengths is None"),
+    "a table without labels": (operands(), {"visibility": jnp.ones((2, 2), bool)}, "segments is None"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_compilation(case):
+    arguments, more, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: prefill_attention(**arguments, **more))
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax has what Triton kernels need")
+def test_triton_is_refused_on_an_older_jax():
+    with pytest.raises(ValueError, match=r"need 0\.11 or later"):
+        prefill_attention(**operands(), implementation="triton")

@@ -1,0 +1,186 @@
+"""Prefill attention's kernels for accelerators: interpreted, lowered, compiled for TPUs, run where there is a GPU."""
+
+import contextlib
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvx.kernels.arg_spec import CHIPS
+from kvx.kernels.logits import SHARED, same_segment, visible
+from kvx.kernels.prefill_attention import mosaic_tpu, prefill_attention
+from kvx.kernels.prefill_attention.arg_specs import AOT, CI, EVERY, NUMERIC, _small
+from kvx.kernels.prefill_attention.reach import causal_reaches, reaches
+from kvx.kernels.prefill_attention.triton import Pass, Tuning
+from tests.kernels.prefill_numerics import check_numeric
+
+TRITON = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Triton kernels need jax 0.11")
+ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="runs the GPU's kernels for real")
+BLOCKS = Tuning(Pass(32, 16, 4, 2), Pass(16, 32, 4, 2), Pass(16, 32, 4, 2), interpret=True)
+
+# Interpreters take a second for a few blocks: every kind of mask in two or three of them.
+TINY = tuple(
+    _small(name, (batch, 2, group, length * unit, past * unit // 2, dim), jnp.float32, **more)
+    for unit, dim in ((16, 16), (64, 64))
+    for name, (batch, group, length, past), more in (
+        (f"causal {unit}", (1, 2, 3, 0), {"ragged": True}),
+        (f"window and cap {unit}", (1, 2, 4, 0), {"window": 2 * unit, "softcap": 4.0}),
+        (f"documents after past slots {unit}", (2, 1, 3, 1), {"documents": 2, "ragged": True}),
+    )
+)  # fmt: skip
+
+
+@st.composite
+def sights(draw):
+    """Positions and labels of up to 40 queries after up to 20 slots; one shape, since each compiles anew."""
+    length, past = 40, 20
+    random = np.random.default_rng(draw(st.integers(0, 2**31)))
+    real = random.integers(0, length + 1)
+    index = np.arange(length)
+    new = np.where(index < real, past + index, -1)
+    old = np.where(random.random((2, past)) < 0.7, random.permutation(past), -1)
+    spots = np.concatenate([old, np.broadcast_to(new, (2, length))], axis=1)
+    segments = None
+    if draw(st.booleans()):
+        labels = np.sort(random.integers(SHARED, 3, length))
+        segments = labels[None], np.concatenate([np.full(past, SHARED), labels])[None]
+    return new[None], spots[None], segments
+
+
+@settings(deadline=None, max_examples=60)
+@given(sights(), st.sampled_from([None, 9]), st.sampled_from([(4, 4), (8, 16)]))
+def test_reach_leaves_out_nothing_that_is_visible_and_calls_full_only_what_is(sight, window, blocks):
+    tables, seen = looked_up(*sight, window, blocks)
+    seen = np.asarray(seen)
+    for table, size, other, mask in zip(tables, blocks, blocks[::-1], (seen, seen.swapaxes(-1, -2)), strict=True):
+        check_table(np.asarray(table), size, other, mask)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 96), min_size=3, max_size=3), st.sampled_from([(4, 4), (16, 4), (4, 8)]))
+def test_reach_of_whole_prompts_is_arithmetic(lengths, blocks):
+    index, lengths = np.arange(96), np.asarray(lengths, np.int32)
+    real = index < lengths[:, None]
+    seen = ((index[:, None] >= index) & real[:, :, None] & real[:, None, :])[:, None]
+    tables = arithmetic(lengths, blocks)
+    for table, size, other, mask in zip(tables, blocks, blocks[::-1], (seen, seen.swapaxes(-1, -2)), strict=True):
+        check_table(np.asarray(table), size, other, mask, tight=True)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def looked_up(positions, spots, segments, window, blocks):
+    """The tables, and the whole mask that they stand for."""
+    seen = visible(positions[:, None, :, None], spots[:, :, None, :], window)
+    if segments is not None:
+        seen &= same_segment(*segments, None)[:, None]
+    return reaches(positions, spots, segments, window, *blocks), seen
+
+
+@partial(jax.jit, static_argnums=1)
+def arithmetic(lengths, blocks):
+    return causal_reaches(lengths, 96, *blocks)
+
+
+def check_table(table, size, other, mask, *, tight=False):
+    """Runs in order; all that is visible inside [first, end); everything visible inside [full, stop).
+
+    Args:
+        tight: no block is visited in vain.
+    """
+    assert (np.diff(table, axis=-1) >= 0).all()
+    widths = [(0, 0)] * 2 + [(0, -mask.shape[2] % size), (0, -mask.shape[3] % other)]
+    mask = np.pad(mask, widths)
+    batch, heads, rows, columns = mask.shape
+    tiles = mask.reshape(batch, heads, rows // size, size, columns // other, other)
+    some, every = tiles.any(axis=(3, 5)), tiles.all(axis=(3, 5))
+    for at in itertools.product(range(batch), range(heads), range(rows // size)):
+        first, full, stop, end = table[at]
+        assert not some[at][:first].any() and not some[at][end:].any()
+        assert every[at][full:stop].all()
+        if tight:
+            assert some[at][first:end].all() and stop - full == every[at].sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [spec for spec in TINY if " 64 " in spec.name], ids=str)
+def test_mosaic_tpu_interpreted_without_races(spec):
+    from jax.experimental.pallas import tpu as pltpu
+
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        check_numeric(spec, "mosaic_tpu", tuning=mosaic_tpu.Tuning(128, 128))
+    assert not pltpu.interpret_pallas_call.races.races_found
+
+
+@TRITON
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [spec for spec in TINY if " 16 " in spec.name], ids=str)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_triton_interpreted(spec, ahead):
+    check_numeric(spec, "triton", tuning=Tuning(*(BLOCKS.forward, BLOCKS.columns), ahead=ahead, interpret=True))
+
+
+@ON_GPU
+@pytest.mark.parametrize("spec", NUMERIC, ids=str)
+def test_triton_numeric(spec):
+    check_numeric(spec, "triton")
+
+
+@ON_GPU
+@pytest.mark.parametrize("spec", [spec for spec in NUMERIC if "bf16" in spec.name], ids=str)
+def test_triton_numeric_without_cudnn(spec):
+    check_numeric(spec, "triton", tuning=Tuning(Pass(64, 64, 4, 2), Pass(64, 64, 4, 2), cudnn=False))
+
+
+@TRITON
+@pytest.mark.parametrize("spec", [NUMERIC[0], NUMERIC[-5], AOT[1], AOT[17]], ids=str)
+def test_triton_lowers_for_cuda(spec):
+    def forward(arrays):
+        return prefill_attention(**arrays, **spec.options, implementation="triton")
+
+    def backward(arrays):
+        def loss(operands):
+            out, lse, _ = forward(arrays | operands)
+            return jnp.sum(out) + jnp.sum(lse)
+
+        return jax.grad(loss)({name: arrays[name] for name in ("queries", "keys", "values")})
+
+    # Pooled statistics take a pass of their own.
+    passes = 1 + len({column.pooled for column in spec.options["columns"]})
+    for function, kernels in ((forward, passes), (backward, passes + 2)):
+        with abstract_gpu():
+            lowered = jax.jit(function).trace(spec.abstract()).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("xla.gpu.triton") == kernels
+
+
+def abstract_gpu():
+    """A GPU to lower for where there is none."""
+    if jax.default_backend() == "gpu":
+        return contextlib.nullcontext()
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("spec", CI, ids=str)
+def test_mosaic_tpu_compiles_without_copies(spec, chip):
+    from kvx.eval.kernel_bench.ahead_of_time import compile_calls
+    from kvx.eval.kernel_bench.calls import Call
+
+    (compiled,) = compile_calls([Call("prefill_attention", prefill_attention, spec)], [chip])
+    assert compiled.good, compiled
+
+
+def test_every_statistic_is_in_the_lists():
+    """The numeric list covers each field of a statistic, alone and in pairs that share a pass."""
+    assert {column.pooled for column in EVERY} == {False, True}
+    assert {column.power for column in EVERY} == {1, 2}
+    assert {column.reduce for column in EVERY} == {"sum", "max"}
