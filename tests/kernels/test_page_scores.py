@@ -1,0 +1,111 @@
+"""Claims about page scores: bounds that hold, whatever the query."""
+
+from contextlib import nullcontext
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from kvx.eval.kernel_bench.ahead_of_time import compile_calls
+from kvx.eval.kernel_bench.calls import Call
+from kvx.eval.kernel_bench.numerics import error
+from kvx.kernels.page_scores import page_scores, triton
+from kvx.kernels.page_scores.arg_specs import AOT, CI, NUMERIC
+
+ON_GPU = jax.default_backend() == "gpu"
+needs_new = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas on GPUs needs jax 0.11")
+
+
+def call(spec) -> Call:
+    return Call("page_scores", page_scores, spec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", NUMERIC, ids=str)
+def test_xla_numeric(spec):
+    assert error(call(spec), "xla") <= spec.tolerance
+
+
+@pytest.mark.parametrize(
+    "spec", [*(pytest.param(each, marks=pytest.mark.slow) for each in NUMERIC[:-1]), NUMERIC[-1]], ids=str
+)
+def test_mosaic_tpu_numeric(spec):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        assert error(call(spec), "mosaic_tpu") <= spec.tolerance
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.slow
+@needs_new
+@pytest.mark.parametrize("spec", NUMERIC, ids=str)
+def test_triton_numeric(spec):
+    """On a GPU for real, elsewhere interpreted."""
+    assert error(call(spec), "triton", tuning=None if ON_GPU else triton.Tuning(interpret=True)) <= spec.tolerance
+
+
+@pytest.mark.slow
+@needs_new
+@pytest.mark.parametrize("spec", (*NUMERIC, *CI, AOT[0]), ids=str)
+def test_triton_lowers_for_cuda(spec):
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+    abstract = spec.abstract()
+    device = AbstractDevice("NVIDIA H100", 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
+    with use_abstract_mesh(mesh) if not ON_GPU else nullcontext():
+        lowered = jax.jit(call(spec).bound("triton")).trace(abstract).lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install kvx[aot]")
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+def test_tpu_kernels_compile_and_copy_nothing(chip):
+    for found in compile_calls([call(spec) for spec in CI], (chip,)):
+        assert found.good, found
+
+
+scores = {
+    group: jax.jit(lambda queries, bounds, group=group: page_scores(queries, bounds, group=group))
+    for group in ("max", "mean")
+}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 4))
+def test_no_key_of_a_page_scores_higher_and_a_page_of_one_scores_as_its_key(seed, empty):
+    """In float32 up to the rounding of two sums of 8 terms; pages without a key are -inf."""
+    draw = np.random.default_rng(seed)
+    queries = (draw.integers(-2, 3, (1, 2, 3, 1, 8)) * draw.normal(size=8)).astype(np.float32)  # zeros among them
+    keys = draw.normal(size=(1, 2, 4, 5, 8)).astype(np.float32)
+    held = (np.arange(4) >= empty)[:, None]
+    bounds = [np.where(held, keys.min(axis=3), np.inf), np.where(held, keys.max(axis=3), -np.inf)]
+    found = np.asarray(scores["max"](queries, np.concatenate(bounds, axis=-1).astype(np.float32)))
+    logits = np.einsum("bgrd,bgpsd->bgrps", queries[:, :, :, 0], keys)
+    assert np.all(found[..., empty:] >= logits.max(axis=(2, 4))[..., empty:] - 1e-5)
+    assert np.all(np.isneginf(found[..., :empty]))
+    alone = np.concatenate([keys[:, :, :, 0]] * 2, axis=-1)
+    np.testing.assert_allclose(scores["max"](queries, alone), logits[..., 0].max(axis=2), atol=1e-5)
+    np.testing.assert_allclose(scores["mean"](queries, alone), logits[..., 0].mean(axis=2), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bounds": jnp.zeros((1, 2, 4, 8))}, "8 channels, allowed are 16"),
+        ({"group": "sum"}, "group is 'sum'"),
+        ({"implementation": "mosaic_tpu"}, "16 channels, allowed are multiples of 128"),
+        ({"implementation": "fastest"}, "'fastest'"),
+    ],
+)
+def test_what_it_cannot_take_is_refused(changed, message):
+    given = {"queries": jnp.zeros((1, 2, 3, 1, 8)), "bounds": jnp.zeros((1, 2, 4, 16))}
+    with pytest.raises(ValueError, match=message):
+        page_scores(**given | changed)
