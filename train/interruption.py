@@ -13,7 +13,7 @@ class Interruption:
     """A context in which SIGTERM does not end the process, but is remembered.
 
     Args:
-        seconds: after which to stop in any case; None: never.
+        seconds: after which a run of one process stops in any case; None: never.
     """
 
     def __init__(self, seconds: float | None = None):

@@ -86,9 +86,10 @@ class Step:
         frozen = cast(others, self.frame.parameters - set(self.names), self.dtype)
         place = partial(self.frame.placed, self.placement)
         trained = place(trained)
-        abstract = any(isinstance(array, jax.ShapeDtypeStruct) for array in trained.values())
-        state = jax.eval_shape(self._initial, trained) if abstract else jax.jit(self._initial)(trained)
-        return self._placed(state), place(frozen)
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in trained.values()):
+            return self._placed(jax.eval_shape(self._initial, trained)), place(frozen)
+        # Placed inside, since moments that are born whole on every device may be more than one holds.
+        return jax.jit(lambda arrays: self._placed(self._initial(arrays)))(trained), place(frozen)
 
     def __call__(
         self, state: TrainState, frozen: Arrays, teacher: Arrays | None, batch: Any

@@ -36,6 +36,13 @@ def process(folder, *options, devices=1):
     )
 
 
+def ended(run):
+    """What a process printed that came to a clean end."""
+    out, error = run.communicate(timeout=600)
+    assert run.returncode == 0, error
+    return out
+
+
 def until(condition, run, seconds=180):
     """Wait for a condition while a process runs."""
     end = time.monotonic() + seconds
@@ -86,8 +93,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_st
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
     """kill -9 at five moments, some of them while a checkpoint is being written; every line equals the whole run's."""
-    whole = process(tmp_path / "whole", "every=3")
-    assert whole.wait(300) == 0, whole.communicate()
+    ended(process(tmp_path / "whole", "every=3"))
     random = np.random.default_rng(0)
     for _ in range(5):
         before = written(tmp_path / "killed")
@@ -95,10 +101,8 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
         until(lambda seen=before: written(tmp_path / "killed") > min(seen, STEPS - 4) + 1, run)
         time.sleep(random.uniform(0, 0.5))
         run.kill()
-        run.wait()
-    last = process(tmp_path / "killed", "every=3")
-    out, error = last.communicate(timeout=300)
-    assert last.returncode == 0 and "finished True" in out, error
+        run.communicate()
+    assert "finished True" in ended(process(tmp_path / "killed", "every=3"))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
@@ -107,11 +111,9 @@ def test_sigterm_writes_a_checkpoint_and_ends_cleanly(tmp_path):
     run = process(tmp_path, "every=1000", "seconds=0.1")
     until(lambda: written(tmp_path) > 3, run)
     run.send_signal(signal.SIGTERM)
-    out, error = run.communicate(timeout=120)
-    assert run.returncode == 0, error
+    out = ended(run)
     step = int(out.split("stopped at ")[1].split(",")[0])
     assert "finished False" in out and 3 < step < STEPS
     assert (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
-    on = process(tmp_path, "every=1000")
-    assert on.wait(300) == 0, on.communicate()
+    ended(process(tmp_path, "every=1000"))
     assert [line["step"] for line in losses(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
