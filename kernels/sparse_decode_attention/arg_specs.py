@@ -84,7 +84,15 @@ AOT = tuple(
     for model in MODELS
     for batch in (1, 8, 64)
     for slots, budget in ((4096, 512), (32768, 2048))
-    for page in (1, 16, 64)
+    for page in (16, 64)
 )
+
+SINGLE = tuple(
+    _call(model, batch, slots, 1, budget)
+    for model in MODELS
+    for batch in (1, 8)
+    for slots, budget in ((4096, 512), (32768, 2048))
+)
+"""Slots chosen one by one: for a GPU. A TPU addresses whole tiles of slots, so that there XLA gathers them."""
 
 CI = (_call("llama-3-8b", 8, 32768, 16, 2048), _call("smollm2-135m", 1, 4096, 64, 512))
