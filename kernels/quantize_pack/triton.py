@@ -13,10 +13,6 @@ from jaxtyping import Array, Float, UInt32
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes, range_minimum, range_scale
 from kvx.kernels.quantize_pack.uniform_codes import ROUNDING
 
-HALFWAY = 1.5 * 2.0**23
-"""Added and taken away again, it leaves a float32 of less than 2^22 rounded to the nearest whole number, ties to even:
-Triton has no rounding of its own."""
-
 
 @dataclass(frozen=True)
 class Tuning:
@@ -133,8 +129,7 @@ def _quantize_kernel(rows_ref, words_ref, ranges_ref, *, bits, group, along, slo
         where = ranges_ref.at[row, jnp.arange(channels // group)[None, :], slots[:, None]]
         plgpu.store(where, _bits(scale) | (_bits(minimum) >> 16), mask=kept[:, None])
         steps = ((groups - minimum[:, :, None]) / scale[:, :, None]).reshape(block, channels)
-    rounded = (steps + HALFWAY) - HALFWAY
-    codes = jnp.clip(rounded, 0.0, 2.0**bits - 1).astype(jnp.int32)
+    codes = jnp.clip(_nearest(steps), 0.0, 2.0**bits - 1).astype(jnp.int32)
     # 32 codes fill 3 words of 3-bit codes, with some across two; of other widths, a word holds whole codes.
     per_atom, words = (32, 3) if bits == 3 else (32 // bits, 1)
     atoms = channels // per_atom
@@ -146,6 +141,13 @@ def _quantize_kernel(rows_ref, words_ref, ranges_ref, *, bits, group, along, slo
         packed = jax.lax.bitcast_convert_type(jnp.sum(left | right, axis=2), jnp.uint32)
         where = words_ref.at[row, (jnp.arange(atoms) * words + word)[None, :], slots[:, None]]
         plgpu.store(where, packed, mask=kept[:, None])
+
+
+def _nearest(x):
+    """To the nearest whole number, ties to even, as everywhere else: Triton has no rounding of its own."""
+    below = jnp.floor(x)
+    above, odd = x - below, below - 2 * jnp.floor(below / 2)
+    return below + jnp.where(above == 0.5, odd, (above > 0.5).astype(jnp.float32))
 
 
 def _range(low, high, bits):

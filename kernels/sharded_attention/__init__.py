@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kvx.kernels.merge_partials import Partial, merge_across
 
@@ -33,7 +33,7 @@ def sharded_attention(
     Args:
         attention: `decode_attention`, `ragged_decode_attention`, `latent_decode_attention` and the like, their static
             options bound.
-        mesh: its axes are those that `specs` name.
+        mesh: its axes are those that `specs` name; they are treated as automatic, so that inputs may lie anyhow.
         specs: how each argument lies on the mesh, by name: a `PartitionSpec`, or a pytree of them for a pytree; absent:
             every device has all of it. See `slot_specs` and `latent_specs`.
         slots: mesh axis that the slots are split over. Then every slot must carry its position (`key_positions`), since
@@ -45,6 +45,8 @@ def sharded_attention(
         ValueError: at the call, if an axis of an array is no multiple of the devices it is split over, or if slots are
             split and have no positions.
     """
+
+    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
     def attend(**arrays: Any) -> Partial:
         if slots is not None and arrays.get("key_positions") is None:
@@ -60,7 +62,7 @@ def sharded_attention(
         whole = PartitionSpec()
         # Kernels do not say along which mesh axes their outputs vary, so this cannot be checked.
         over_mesh = jax.shard_map(
-            local, mesh=mesh, in_specs=(placed,), out_specs=whole if out is None else out, check_vma=False
+            local, mesh=automatic, in_specs=(placed,), out_specs=whole if out is None else out, check_vma=False
         )
         return over_mesh(arrays)
 

@@ -1,0 +1,133 @@
+"""Quantizing and packing in one pass: the words that two passes give, and rows within half a step of the first ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from kvx.kernels import quantize_pack as package
+from kvx.kernels.quantize_pack import BITS, dequantize, pack, quantize, quantize_pack, unpack_dequantize
+from kvx.kernels.quantize_pack.arg_specs import CI, NUMERIC
+from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
+from tests.kernels.lowering import NEW_ENOUGH, cuda_text
+
+ON_GPU = jax.default_backend() == "gpu"
+FAST = NUMERIC[::3]
+
+
+def name(spec):
+    return f"{spec.function} {spec}"
+
+
+def assert_equals_reference(spec, **named):
+    arrays, function = spec.arrays(), getattr(package, spec.function)
+    wanted = function(**arrays, **spec.options, implementation="reference")
+    found = function(**arrays, **spec.options, **named)
+    for one, other in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        if one.dtype == jnp.uint32:
+            assert np.mean(np.asarray(one) != np.asarray(other)) <= spec.tolerance
+        else:
+            one, other = (np.asarray(array, np.float32) for array in (one, other))
+            np.testing.assert_allclose(other, one, rtol=0, atol=spec.tolerance * np.abs(one).max())
+
+
+@pytest.mark.parametrize("spec", FAST, ids=name)
+def test_numeric_xla(spec):
+    assert_equals_reference(spec, implementation="xla")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [spec for spec in NUMERIC if spec not in FAST], ids=name)
+def test_numeric_xla_more(spec):
+    assert_equals_reference(spec, implementation="xla")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", NUMERIC, ids=name)
+def test_numeric_triton(spec):
+    """On a GPU for real, elsewhere in Pallas' interpreter."""
+    from kvx.kernels.quantize_pack.triton import Tuning
+
+    assert_equals_reference(spec, implementation="triton", tuning=None if ON_GPU else Tuning(interpret=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", NUMERIC, ids=name)
+def test_numeric_mosaic_tpu_interpreted(spec):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        assert_equals_reference(spec, implementation="mosaic_tpu")
+
+
+@pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas-Triton is supported from jax 0.11")
+@pytest.mark.parametrize("spec", NUMERIC, ids=name)
+def test_triton_lowers_for_cuda(spec):
+    assert "triton" in cuda_text(getattr(package, spec.function), spec)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.sampled_from(BITS),
+    st.sampled_from(["channels", "slots"]),
+    st.sampled_from(["reference", "xla"]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_there_and_back_is_off_by_half_a_step_at_most(bits, along, implementation, slots_last, seed):
+    shape = (1, 2, 64, 32) if slots_last else (1, 2, 32, 64)
+    rows = jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    codes = quantize_pack(rows, bits=bits, group=16, along=along, slots_last=slots_last, implementation=implementation)
+    assert isinstance(codes, ChannelCodes if along == "slots" else TokenCodes)
+    back = unpack_dequantize(codes, slots_last=slots_last, implementation=implementation)
+    step = jnp.repeat(codes.scale, 16, axis=2)
+    step = step if (along == "channels") == slots_last else jnp.swapaxes(step, 2, 3)
+    # Float32 rounding of c s + m on top of the bound.
+    assert (np.abs(back - rows) <= step / 2 + 2e-6).all()
+
+
+def test_words_are_those_of_quantize_and_then_pack():
+    rows = jnp.asarray(np.random.default_rng(1).standard_normal((1, 1, 8, 64)), jnp.float32)
+    codes, scale, minimum = quantize(rows.reshape(1, 1, 8, 2, 32), 4)
+    fused = quantize_pack(rows, bits=4, group=32, along="channels", implementation="reference")
+    np.testing.assert_array_equal(jnp.swapaxes(fused.words, 2, 3), pack(codes.reshape(rows.shape), 4))
+    np.testing.assert_array_equal(
+        unpack_dequantize(fused, implementation="reference"), dequantize(codes, scale, minimum).reshape(rows.shape)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"bits": 5}, r"bits is 5, allowed: \(2, 3, 4, 8\)"),
+        ({"group": 24}, "group is 24, allowed: divisors of the 64 channels"),
+        ({"group": 24, "along": "slots"}, "group is 24, allowed: divisors of the 16 slots"),
+        ({"along": "heads"}, "along is 'heads', allowed: 'channels', 'slots'"),
+        ({"group": 4, "implementation": "mosaic_tpu"}, "group is 4, it takes multiples of 8"),
+        ({"implementation": "mosaic_gpu"}, "implementation is 'mosaic_gpu', quantize_pack has"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_a_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        quantize_pack(jnp.zeros((1, 1, 16, 64)), **{"bits": 4, "group": 32, "along": "channels"} | options)
+
+
+def test_channels_that_fill_no_words_and_nested_codes_are_refused():
+    with pytest.raises(ValueError, match="rows have 20 channels, allowed at 3 bits"):
+        quantize_pack(jnp.zeros((1, 1, 4, 20)), bits=3, group=4, along="channels")
+    nested = TokenCodes.encode(jnp.zeros((1, 1, 4, 32)), 4, group=32, nested=True)
+    with pytest.raises(ValueError, match="codes have lower codes, allowed: None"):
+        unpack_dequantize(nested)
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.parametrize("spec", CI, ids=name)
+def test_the_tpu_compiler_takes_it_without_copies(spec):
+    from kvx.eval.kernel_bench.ahead_of_time import compile_calls
+    from kvx.eval.kernel_bench.calls import Call
+
+    for compiled in compile_calls([Call("quantize_pack", getattr(package, spec.function), spec)]):
+        assert compiled.good, compiled

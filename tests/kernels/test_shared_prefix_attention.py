@@ -1,0 +1,95 @@
+"""Shared-prefix attention equals attention with the prefix copied into every row (Hydragen's check)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvx.kernels.decode_attention import decode_attention
+from kvx.kernels.shared_prefix_attention import prefix_attention, shared_prefix_attention
+
+
+def operands(batch, group, length, prefix, slots, seed):
+    random = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    own = np.where(random.random((batch, 2, slots)) < 0.7, prefix + np.arange(slots), -1)
+    last = prefix + random.integers(0, slots + 1, (batch, 1))
+    spots = np.where(random.random((batch, 1)) < 0.8, last + np.arange(length), -1)
+    return {
+        "queries": normal(batch, 2, group, length, 8),
+        "prefix_keys": normal(2, prefix, 8),
+        "prefix_values": normal(2, prefix, 6),
+        "keys": normal(batch, 2, slots, 8),
+        "values": normal(batch, 2, slots, 6),
+        "query_positions": jnp.asarray(spots, jnp.int32),
+        "prefix_positions": jnp.asarray(np.where(random.random((2, prefix)) < 0.9, np.arange(prefix), -1), jnp.int32),
+        "key_positions": jnp.asarray(own, jnp.int32),
+    }
+
+
+def copied(arrays, **options):
+    """The prefix in every row's own cache."""
+    batch = arrays["queries"].shape[0]
+
+    def joined(name, prefix):
+        whole = jnp.broadcast_to(arrays[prefix], (batch, *arrays[prefix].shape))
+        return jnp.concatenate([whole, arrays[name]], axis=2)
+
+    return decode_attention(
+        arrays["queries"],
+        joined("keys", "prefix_keys"),
+        joined("values", "prefix_values"),
+        arrays["query_positions"],
+        joined("key_positions", "prefix_positions"),
+        **options,
+    )
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1, 3]),
+    st.integers(1, 2),
+    st.sampled_from([1, 20]),
+    st.sampled_from([None, 4, 18]),
+    st.integers(0, 99),
+)
+def test_reading_the_prefix_once_is_reading_it_in_every_row(batch, group, length, prefix, window, seed):
+    """Whatever the window leaves of it, which differs from row to row; rows that have ended see nothing."""
+    arrays = operands(batch, group, length, prefix, 9, seed)
+    options = {"scale": 0.3, "window": window, "softcap": 8.0}
+    wanted, found = copied(arrays, **options), shared_prefix_attention(**arrays, **options)
+    # Float32 sums of 29 terms in another order.
+    np.testing.assert_allclose(found.out, wanted.out, atol=2e-6)
+    np.testing.assert_allclose(found.lse, wanted.lse, atol=2e-6)
+
+
+def test_an_empty_prefix_leaves_the_suffix_as_it_is():
+    arrays = operands(2, 3, 1, 4, 9, 0)
+    arrays["prefix_positions"] = jnp.full_like(arrays["prefix_positions"], -1)
+    found = shared_prefix_attention(**arrays, scale=0.3)
+    wanted = decode_attention(
+        *(arrays[name] for name in ("queries", "keys", "values", "query_positions", "key_positions")), scale=0.3
+    )
+    np.testing.assert_array_equal(found.out, wanted.out)
+    np.testing.assert_array_equal(found.lse, wanted.lse)
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_the_prefix_is_read_as_one_matrix_product_for_the_whole_batch(window):
+    """No array of the batch times the prefix's keys: the only products are those of rows with one copy of it."""
+    arrays = operands(4, 3, 1, 1024, 9, 1)
+    names = ("queries", "prefix_keys", "prefix_values", "query_positions", "prefix_positions")
+    jaxpr = jax.make_jaxpr(lambda *args: prefix_attention(*args, scale=0.3, window=window))(
+        *(arrays[name] for name in names)
+    )
+    widest = max(
+        (var.aval.size for eqn in jaxpr.eqns for var in eqn.outvars if var.aval.shape[-2:] in ((1024, 8), (1024, 6))),
+        default=0,
+    )
+    assert widest <= 2 * 1024 * 8
