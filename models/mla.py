@@ -180,6 +180,7 @@ class LatentAttention(nnx.Module):
         if self.q is not None:
             q = self.q(x)
         else:
+            assert self.q_a is not None and self.q_b is not None, "there is one or the other"
             low = self.q_a(x)
             q = self.q_b(low if self.q_norm is None else self.q_norm(low))
         rotary = q[..., c.content :]
@@ -201,7 +202,7 @@ class LatentAttention(nnx.Module):
         head = np.s_[..., _file_order(c.content, c.block)]
         if self.q is not None:
             yield from _linear(f"{prefix}.q_proj", self.q, head)
-        else:
+        if self.q_a is not None and self.q_b is not None:
             yield Piece(f"{prefix}.q_a_proj.weight", self.q_a.kernel, "matrix")
             if self.q_norm is not None:
                 yield Piece(f"{prefix}.q_a_layernorm.weight", self.q_norm.weight, "vector")

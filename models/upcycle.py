@@ -49,7 +49,7 @@ def with_latent_attention(model: Model, layers: Mapping[int, LatentWeights | tup
     for layer, given in layers.items():
         if type(layer) is not int or not 0 <= layer < count:
             raise BadInput(f"layers names layer {layer!r}: expected 0 to {count - 1}, the model's layers")
-        wanted[layer] = LatentWeights(*given)
+        wanted[layer] = given if isinstance(given, LatentWeights) else LatentWeights(*given)
     source = json.loads(model.source)
     described = latent_layers(source, count) | {
         layer: LatentLayer(each.config, np.asarray(each.frequencies, np.float32), float(each.magnitude))
