@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvx.errors import BadInput
 from kvx.train.data import Encoding, held_out_batches, open_documents, open_pairs, pair_batches, text_batches
+from kvx.train.data.tokenise import tokenise
 from tests.train.letters import letters
 
 TOKENIZER = letters()
@@ -185,6 +186,27 @@ def test_tokens_made_before_give_the_rows_of_the_text(tmp_path, kind):
     streams = text_batches(made, known, **options), text_batches(TEXTS, ENCODING, **options)
     for _ in range(10):
         assert same(*map(next, streams))
+
+
+def test_text_tokenised_once_gives_the_rows_of_the_text(tmp_path):
+    out = tmp_path / "a.bin"
+    count, dtype = tokenise(TEXTS, ENCODING, out)
+    assert count == sum(len(ENCODING(text)) for text in TEXTS) and dtype == np.uint16
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]  # nothing half-written stays
+    made = open_documents([str(out)], "data.train", end=ENCODING.end)
+    options = {"sequence": 16, "batch": 2, "shuffle": False}
+    streams = text_batches(made, Encoding(None, 98), **options), text_batches(TEXTS, ENCODING, **options)
+    for _ in range(5):
+        assert same(*map(next, streams))
+    with pytest.raises(BadInput, match="no token that ends a text"):
+        tokenise(TEXTS, Encoding(TOKENIZER, 98), out)
+    with pytest.raises(BadInput, match="cannot be written"):
+        tokenise(TEXTS, ENCODING, tmp_path / "none" / "a.bin")
+
+
+def test_the_documentation_of_python_is_always_there():
+    first, second = (open_documents([f"python-docs/{half}-half"], "data.train") for half in ("first", "second"))
+    assert len(first[0]) > 100_000 and len(second[0]) > 100_000 and first[0][:1000] not in second[0]
 
 
 def test_documents_begin_and_end_as_the_model_wants():
