@@ -148,10 +148,10 @@ def test_a_job_trains_resumes_and_saves_what_kvx_loads(folder, capsys):
     assert json.loads(out)["held_out"] == [first, last]
     model, tokenizer = kvx.load(folder / "run" / "model")
     assert all(block.spec.latent for block in model.blocks)
-    tokens = np.asarray([tokenizer.encode("abcabc")], np.int32)
+    tokens = jnp.asarray([tokenizer.encode("abcabc")], jnp.int32)
     other, _ = kvx.load(whole / "model")
     np.testing.assert_array_equal(model(tokens), other(tokens))
-    generated = kvx.generate(model, tokens, policy=kvx.parse_policy("snapkv(budget=4)"), max_new_tokens=3)
+    generated = kvx.generate(model, tokens, policy=kvx.parse_policy("knorm(budget=4)"), max_new_tokens=3)
     assert generated.tokens.shape == (1, 3)
 
 
