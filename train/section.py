@@ -32,7 +32,7 @@ class Range:
 Count = Annotated[int, Range(1)]
 """One or more."""
 Whole = Annotated[int, Range(0)]
-"""None or more."""
+"""0 or more."""
 Weight = Annotated[float, Range(0)]
 """0 or more, finite."""
 Positive = Annotated[float, Range(0, open_low=True)]
