@@ -124,6 +124,11 @@ def attended_values(
     return values if values.shape[-1] else keys[..., rotary.width :]
 
 
+def held_values(values: Float[Array, "*batch V"]) -> Float[Array, "*batch V"] | None:
+    """As an attention operation takes them: None where nothing is kept as values, and channels of the keys are."""
+    return values if values.shape[-1] else None
+
+
 def concatenate(first: Tokens, second: Tokens) -> Tokens:
     """Two runs of tokens of one layer, one after the other; statistics that only one has start at zero."""
     second = second.with_form(first.rotated)

@@ -27,4 +27,4 @@ class Flatten(Stage):
         self, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, evidence: Evidence, context: Context
     ) -> Tiers:
         tail = Dense.pack(tokens.with_form(rotated=True), jnp.zeros_like(mask), round_up(context.spec.room))
-        return Tiers((tail, Flat.pack(tokens, mask, round_up(self.split.total(context.spec)))))
+        return Tiers((tail, Flat.pack(tokens, mask, round_up(self.split.total(context.spec)), closed=True)))

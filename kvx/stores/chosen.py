@@ -4,17 +4,18 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-from kvx.kernels.decode_attention import decode_attention, slot_logits, ungroup
+from kvx.kernels.decode_attention import slot_logits, ungroup
 from kvx.kernels.logits import partial_softmax
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.sparse_decode_attention import sparse_decode_attention
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
 from kvx.stores.dense import Dense
 from kvx.stores.over_dense import OverDense
-from kvx.tokens import attended_values
+from kvx.tokens import held_values
 
 
 @pytree
@@ -70,34 +71,17 @@ class Chosen(OverDense):
 
     def read_at(self, query: Query, chosen: Int[Array, "B G N T M"]) -> Partial:
         """Attention over these slots only: of each query head's choice, or its KV head's."""
-        batch, heads, group, length, dim = query.raw.shape
-        sets, most = chosen.shape[2], chosen.shape[4]
-        # A choice is a row of its own keys: queries fold into the batch, choices into the heads.
-        index = jnp.moveaxis(chosen, 3, 1)
-        own = jnp.moveaxis(query.rotated.reshape(batch, heads, sets, -1, length, dim), 4, 1)
-        flat = jnp.maximum(jnp.swapaxes(index, 1, 2).reshape(batch, heads, -1), 0)
-
-        def gathered(array: Shaped[Array, "B G C *rest"]) -> Array:
-            rows = jnp.take_along_axis(array, flat.reshape(*flat.shape, *[1] * (array.ndim - 3)), axis=2)
-            rows = rows.reshape(batch, heads, length, sets, most, *array.shape[3:])
-            return jnp.swapaxes(rows, 1, 2).reshape(batch * length, heads * sets, most, *array.shape[3:])
-
-        index = index.reshape(batch * length, heads * sets, most)
-        keys = gathered(self.inner.keys)
-        part = decode_attention(
-            own.reshape(batch * length, heads * sets, group // sets, 1, dim),
-            keys,
-            attended_values(keys, gathered(self.inner.values), query.rotary),
-            query.positions.reshape(-1, 1),
-            jnp.where(index >= 0, gathered(self.inner.slots), -1),
+        return sparse_decode_attention(
+            query.rotated,
+            self.inner.keys,
+            held_values(self.inner.values),
+            query.positions,
+            self.inner.slots,
+            chosen,
+            page=1,
+            value_dim=query.spec.value_dim,
             **query.masking,
         )
-
-        def by_heads(array: Array) -> Array:
-            array = array.reshape(batch, length, heads, group, *array.shape[4:])
-            return jnp.moveaxis(array, 1, 3)
-
-        return Partial(by_heads(part.out), by_heads(part.lse))
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         return self.inner.probabilities(query, lse)

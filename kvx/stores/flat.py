@@ -7,12 +7,13 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from kvx.kernels.logits import partial_softmax, scaled_logits, slot_probabilities, visible
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.ragged_decode_attention import ragged_decode_attention
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
 from kvx.stores.dense import empty_slots, scatter, weakest_several
-from kvx.tokens import Tokens, attended_values
+from kvx.tokens import Tokens, attended_values, held_values
 
 
 @pytree
@@ -21,7 +22,8 @@ class Flat:
 
     The total N is static, the split over heads is data. A fresh token of every head goes into the next empty slots,
     whoever freed them. Reading multiplies all query heads with all slots and masks the foreign ones: one matmul that
-    reads every key once; on a CPU cheaper than gathering by head.
+    reads every key once; on a CPU cheaper than gathering by head. A store that is closed keeps each head's tokens in a
+    run, so that a kernel reads no foreign one.
 
     `dense()` shows every slot to every head, at position -1 where it belongs to another.
 
@@ -33,6 +35,8 @@ class Flat:
         slots: true positions, -1 where empty.
         heads: KV heads of the layer.
         shared_stats: statistics by slot.
+        starts, lengths: of a store that nothing is appended to, each head's run of slots, which is read alone; else
+            None.
     """
 
     keys: Float[Array, "B N D"]
@@ -42,10 +46,12 @@ class Flat:
     rotary: Rotary
     heads: int = static()
     shared_stats: dict[str, Shaped[Array, "B N"]] = field(default_factory=dict)
+    starts: Int[Array, "B G"] | None = None
+    lengths: Int[Array, "B G"] | None = None
 
     @classmethod
-    def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], total: int) -> "Flat":
-        """The tokens in `mask`, at most `total` over all heads, head after head."""
+    def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], total: int, *, closed: bool = False) -> "Flat":
+        """The tokens in `mask`, at most `total` over all heads, head after head; `closed`: no other comes."""
         tokens = tokens.with_form(rotated=True)
         batch, heads, length = mask.shape
 
@@ -62,10 +68,16 @@ class Flat:
         ).select(flat(mask), total)
         stats = {name: stat[:, 0] for name, stat in run.stats.items()}
         owner = stats.pop("owner")
-        return cls(run.keys[:, 0], run.values[:, 0], owner, run.positions[:, 0], tokens.rotary, heads, stats)
+        store = cls(run.keys[:, 0], run.values[:, 0], owner, run.positions[:, 0], tokens.rotary, heads, stats)
+        if not closed:
+            return store
+        ends = jnp.minimum(jnp.cumsum(jnp.sum(mask & tokens.present, axis=-1), axis=1), total).astype(jnp.int32)
+        starts = jnp.pad(ends, ((0, 0), (1, 0)))[:, :-1]
+        return replace(store, starts=starts, lengths=ends - starts)
 
     def append(self, tokens: Tokens) -> "Flat":
         """A token of every head (or several), while there are as many empty slots."""
+        assert self.starts is None, "a closed store's runs hold what they were packed with"
         tokens = tokens.with_form(rotated=True)
         batch, heads, count = tokens.positions.shape
         places = empty_slots(self.slots[:, None], heads * count)
@@ -84,6 +96,18 @@ class Flat:
         )
 
     def read(self, query: Query) -> Partial:
+        if self.starts is not None and self.lengths is not None:
+            return ragged_decode_attention(
+                query.rotated,
+                self.keys,
+                held_values(self.values),
+                self.starts,
+                self.lengths,
+                query.positions,
+                self.slots,
+                value_dim=query.spec.value_dim,
+                **query.masking,
+            )
         part = partial_softmax(self._logits(query), attended_values(self.keys, self.values, self.rotary))
         shape = query.raw.shape[:4]
         return Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))

@@ -8,11 +8,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvx.kernels.decode_attention import decode_probabilities
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.page_scores import page_scores
+from kvx.kernels.sparse_decode_attention import sparse_decode_attention
 from kvx.pytree import pytree, static
 from kvx.query import Query
-from kvx.stores.dense import Dense, first_empty
+from kvx.stores.dense import Dense, first_empty, write_slot
 from kvx.stores.over_dense import OverDense
-from kvx.tokens import Tokens
+from kvx.tokens import Tokens, held_values
 
 
 @pytree
@@ -24,15 +26,15 @@ class Paged(OverDense):
 
     Attributes:
         inner: the slots, a whole number of pages.
-        low, high: bounds of the keys present; (+inf, -inf) for an empty page, so that padding never enters.
+        extremes: minimum of a page's keys, and behind it their maximum: what one product scores; +inf and -inf for an
+            empty page, so that padding never enters.
         budget: pages read per row, the newest token's page included.
         most: static bound on `budget`.
         group: how the query heads of a KV head share one choice of pages: "max" or "mean" of their bounds.
     """
 
     inner: Dense
-    low: Float[Array, "B G P D"]
-    high: Float[Array, "B G P D"]
+    extremes: Float[Array, "B G P E"]
     budget: Int[Array, "B"]
     page: int = static()
     most: int = static()
@@ -52,29 +54,31 @@ class Paged(OverDense):
     ) -> "Paged":
         """The tokens in `mask`, gathered in order into whole pages."""
         inner = Dense.pack(tokens.with_form(rotated=True), mask, -(-capacity // page) * page)
-        low, high = _bounds(_paged(inner.keys, page), _paged(inner.slots, page))
-        return cls(inner, low, high, budget, page, min(most, low.shape[2]), group)
+        extremes = _extremes(_paged(inner.keys, page), _paged(inner.slots, page))
+        return cls(inner, extremes, budget, page, min(most, extremes.shape[2]), group)
 
     def append(self, tokens: Tokens) -> "Paged":
         slot = first_empty(self.inner.slots)
         inner = self.inner.append(tokens)
         # The page is bounded anew from its slots, since a reused slot may have held an extreme.
-        index = jnp.minimum(slot // self.page, self.low.shape[2] - 1)[..., None]
-        low, high = _bounds(self._pages(inner.keys, index), self._pages(inner.slots, index))
-        batch, heads = jnp.ogrid[: index.shape[0], : index.shape[1]]
-        where = (batch, heads, index[..., 0])
-        return replace(
-            self,
-            inner=inner,
-            low=self.low.at[where].set(low[:, :, 0], unique_indices=True, indices_are_sorted=True),
-            high=self.high.at[where].set(high[:, :, 0], unique_indices=True, indices_are_sorted=True),
-        )
+        index = jnp.minimum(slot // self.page, self.extremes.shape[2] - 1)
+        page = index[..., None]
+        fresh = _extremes(self._pages(inner.keys, page), self._pages(inner.slots, page))
+        return replace(self, inner=inner, extremes=write_slot(self.extremes, index, fresh[:, :, 0]))
 
     def read(self, query: Query) -> Partial:
         index, chosen = self.choose(query)
-        keys, values = (self._pages(array, index) for array in (self.inner.keys, self.inner.values))
-        slots = self._chosen_slots(index, chosen)
-        return query.attend(_merged(keys), _merged(values), slots)
+        return sparse_decode_attention(
+            query.rotated,
+            self.inner.keys,
+            held_values(self.inner.values),
+            query.positions,
+            self.inner.slots,
+            jnp.where(chosen, index, -1)[:, :, None, None],
+            page=self.page,
+            value_dim=query.spec.value_dim,
+            **query.masking,
+        )
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         index, chosen = self.choose(query)
@@ -83,7 +87,7 @@ class Paged(OverDense):
         read = decode_probabilities(query.rotated, keys, query.positions, slots, lse, **query.masking)
         read = jnp.moveaxis(read, -1, 2).reshape(*index.shape, self.page, *read.shape[2:4])
         batch, heads = jnp.ogrid[: index.shape[0], : index.shape[1]]
-        everything = jnp.zeros((*self.low.shape[:3], *read.shape[3:]), read.dtype)
+        everything = jnp.zeros((*self.extremes.shape[:3], *read.shape[3:]), read.dtype)
         everything = everything.at[batch[..., None], heads[..., None], index].set(read)
         return jnp.moveaxis(everything.reshape(*everything.shape[:2], -1, *read.shape[4:]), 2, -1)
 
@@ -96,20 +100,13 @@ class Paged(OverDense):
 
     def bounds(self, query: Query) -> Float[Array, "B G P"]:
         """Upper bound of each page's unscaled logits, reduced over query heads and queries; -inf for an empty page."""
-        batch, kv_heads, group, length, dim = query.raw.shape
-        rows = query.rotated.reshape(batch, kv_heads, group * length, dim).astype(jnp.float32)
-        empty = jnp.isinf(self.low[..., :1])
-        high, low = (jnp.where(empty, 0.0, bound) for bound in (self.high, self.low))
-        raised = jnp.einsum("bgtd,bgpd->bgtp", jax.nn.relu(rows), high, preferred_element_type=jnp.float32)
-        lowered = jnp.einsum("bgtd,bgpd->bgtp", jax.nn.relu(-rows), low, preferred_element_type=jnp.float32)
-        reduce = jnp.max if self.group == "max" else jnp.mean
-        return jnp.where(empty[..., 0], -jnp.inf, reduce(raised - lowered, axis=2))
+        return page_scores(query.rotated, self.extremes, group=self.group)
 
     def bytes_read(self) -> int:
         slots = self.inner.slots.shape[-1]
         read = min(self.most * self.page, slots)
         rows = self.inner.keys.nbytes + self.inner.values.nbytes
-        return rows * read // slots + self.low.nbytes + self.high.nbytes + self.inner.slots.nbytes
+        return rows * read // slots + self.extremes.nbytes + self.inner.slots.nbytes
 
     def _pages(self, array: Array, index: Int[Array, "B G N"]) -> Array:
         """Whole pages of a per-slot array."""
@@ -130,9 +127,8 @@ def _merged(pages: Array) -> Array:
     return pages.reshape(*pages.shape[:2], pages.shape[2] * pages.shape[3], *pages.shape[4:])
 
 
-def _bounds(
-    keys: Float[Array, "B G P page D"], slots: Int[Array, "B G P page"]
-) -> tuple[Float[Array, "B G P D"], Float[Array, "B G P D"]]:
-    """Elementwise minimum and maximum of the keys present."""
+def _extremes(keys: Float[Array, "B G P page D"], slots: Int[Array, "B G P page"]) -> Float[Array, "B G P E"]:
+    """Elementwise minimum and maximum of the keys present, one behind the other."""
     present = (slots >= 0)[..., None]
-    return jnp.min(jnp.where(present, keys, jnp.inf), axis=3), jnp.max(jnp.where(present, keys, -jnp.inf), axis=3)
+    low = jnp.min(jnp.where(present, keys, jnp.inf), axis=3)
+    return jnp.concatenate([low, jnp.max(jnp.where(present, keys, -jnp.inf), axis=3)], axis=-1)

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.kernels.decode_attention import decode_probabilities
-from kvx.kernels.merge_partials import Partial, merge_partials
+from kvx.kernels.merge_partials import Partial
+from kvx.kernels.ragged_decode_attention import paged_decode_attention
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
 from kvx.stores.forked import Forked, Shared
-from kvx.tokens import Tokens
+from kvx.tokens import Tokens, held_values
 
 TURN = 256
-"""Slots of every head that a read takes per turn of its loop, or one page if that is more."""
+"""Slots of every head that are scored per turn of a loop, or one page if that is more."""
 
 
 @pytree
@@ -98,13 +99,17 @@ class Pages:
         return replace(after, used=self.used + jnp.sum(coming, axis=-1, dtype=jnp.int32))
 
     def read(self, query: Query) -> Partial:
-        def turn(step: Int[Array, ""], part: Partial) -> Partial:
-            keys, values, slots = self._turn(step)
-            return merge_partials(part, query.attend(keys, values, slots))
-
-        shape = (*query.raw.shape[:4], query.spec.value_dim)
-        nothing = Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], -jnp.inf, jnp.float32))
-        return jax.lax.fori_loop(0, self._turns(), turn, nothing)
+        return paged_decode_attention(
+            query.rotated,
+            self.keys,
+            held_values(self.values),
+            self.table,
+            self.used,
+            query.positions,
+            self.slots,
+            value_dim=query.spec.value_dim,
+            **query.masking,
+        )
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         width = self._per_turn() * self.page
@@ -164,7 +169,7 @@ class Pages:
         )
 
     def _per_turn(self) -> int:
-        """Pages of a head that a read takes at a time."""
+        """Pages of a head that are scored at a time."""
         return max(TURN // self.page, 1)
 
     def _turns(self) -> Int[Array, ""]:

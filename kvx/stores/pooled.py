@@ -12,17 +12,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.kernels.decode_attention import decode_probabilities
-from kvx.kernels.merge_partials import Partial, merge_partials
+from kvx.kernels.merge_partials import Partial
+from kvx.kernels.ragged_decode_attention import ragged_decode_attention
 from kvx.places import place
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
 from kvx.stores.dense import weakest, write_slot
-from kvx.tokens import Tokens
+from kvx.tokens import Tokens, held_values
 
 BLOCK = 128
-"""Slots a read takes per turn of its loop."""
+"""Slots that are scored, or moved, per turn of a loop."""
 
 
 @pytree
@@ -130,13 +131,30 @@ class Pooled:
         return self._write(jnp.min(empty, axis=-1), tokens.with_form(rotated=True))
 
     def read(self, query: Query) -> Partial:
-        def step(block, part):
-            keys, values, slots = self._block(block)
-            return merge_partials(part, query.attend(keys, values, slots))
+        batch, heads = self.pool.slots.shape[:2]
 
-        shape = (*query.raw.shape[:4], query.spec.value_dim)
-        nothing = Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], -jnp.inf, jnp.float32))
-        return jax.lax.fori_loop(0, self._blocks(), step, nothing)
+        def alone(array: Shaped[Array, "B G *rest"]) -> Shaped[Array, "BG *rest"]:
+            """Each head of a row as a row of its own: its run lies among its own slots."""
+            return array.reshape(batch * heads, *array.shape[2:])
+
+        def each(array: Shaped[Array, "B *rest"]) -> Shaped[Array, "BG *rest"]:
+            return jnp.repeat(array, heads, axis=0)
+
+        values = held_values(self.pool.values)
+        part = ragged_decode_attention(
+            alone(query.rotated)[:, None],
+            alone(self.pool.keys),
+            None if values is None else alone(values),
+            each(self.start)[:, None],
+            each(self.length)[:, None],
+            each(query.positions),
+            alone(self.pool.slots),
+            value_dim=query.spec.value_dim,
+            longest=min(self.capacity, self.pool.slots.shape[-1]),
+            **query.masking,
+        )
+        shape = query.raw.shape[:4]
+        return Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         def step(block, everything):

@@ -38,7 +38,7 @@ def test_a_page_bounds_every_logit_in_it(page):
 def test_both_forms_of_the_bound_agree():
     kept, asked = store(8, 3), query(2, 2, LENGTH - 1)
     q = np.asarray(asked.rotated)[0, :, 0, 0][:, None]
-    low, high = (np.asarray(bound)[0, :, :7] for bound in (kept.low, kept.high))
+    low, high = (np.asarray(bound)[0, :, :7] for bound in np.split(np.asarray(kept.extremes), 2, axis=-1))
     wanted = np.maximum(q * high, q * low).sum(axis=-1)
     np.testing.assert_allclose(kept.bounds(asked)[0, :, :7], wanted, atol=1e-5)
 
@@ -99,8 +99,7 @@ def test_bounds_kept_up_to_date_equal_bounds_from_scratch():
         kept = kept.append(some.take(jnp.full((1, 2, 1), place), jnp.ones((1, 2, 1), bool)))
     scratch = store(4, 3)
     np.testing.assert_array_equal(kept.positions(), scratch.positions())
-    np.testing.assert_array_equal(kept.low, scratch.low)
-    np.testing.assert_array_equal(kept.high, scratch.high)
+    np.testing.assert_array_equal(kept.extremes, scratch.extremes)
 
 
 def test_the_first_two_layers_are_read_whole():
