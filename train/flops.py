@@ -23,7 +23,7 @@ PEAK = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-"""Dense bfloat16 operations per second and chip, by the beginning of its name as JAX gives it (vendors' data sheets)."""
+"""Dense bfloat16 operations per second and chip, by the beginning of its name in JAX (vendors' data sheets)."""
 
 
 def peak(device: jax.Device) -> float | None:

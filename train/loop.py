@@ -99,8 +99,8 @@ class Trainer:
     teacher_dtype: str = "bfloat16"
     held_out: Sequence[Any] = ()
     placement: Placement = field(default_factory=make_placement)
-    checkpoint: CheckpointSection = CheckpointSection()
-    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     converted: Collection[int] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     seconds: float | None = None

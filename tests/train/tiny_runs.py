@@ -106,7 +106,7 @@ class Slow(Windows):
         return super().__next__()
 
 
-def trainer(folder, steps, *, placement=None, every=4, keep=3, seconds=0.0, evaluate=True, **changes):
+def trainer(folder, steps, *, placement=None, every=4, keep=3, seconds=0.0, evaluate=True, minimised=None, **changes):
     """The loop around it."""
     student, teacher = models()
     placement = placement or mesh(len(jax.devices()))
@@ -118,7 +118,7 @@ def trainer(folder, steps, *, placement=None, every=4, keep=3, seconds=0.0, eval
     return Trainer(
         student,
         section,
-        objective(section, placement),
+        minimised or objective(section, placement),
         batches,
         steps,
         Path(folder),
