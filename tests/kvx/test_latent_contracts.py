@@ -42,9 +42,7 @@ def policy(name: str, budget: int, codes: str = "bits=8"):
     return kvx.parse_policy(CASES[name].format(budget=budget, codes=codes))
 
 
-def cases(quick: str) -> list:
-    """Every case as a test's parameter; all but one run with the slower tests."""
-    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+IDENTITIES = [name if name == "latent_codes" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +50,7 @@ def model():
     return tiny_latent.model("a rotary key for every two heads", latent=(0, 2))
 
 
-@pytest.mark.parametrize("name", cases(quick="latent_codes"))
+@pytest.mark.parametrize("name", IDENTITIES)
 def test_a_budget_that_holds_every_token_is_the_full_cache(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     full, _ = run(model, kvx.policies.full(), tokens, lengths, forced())
@@ -61,7 +59,8 @@ def test_a_budget_that_holds_every_token_is_the_full_cache(model, name):
     assert np.abs(scores - full).max() < 2e-4
 
 
-@pytest.mark.parametrize("name", cases(quick="h2o"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_a_row_of_a_batch_equals_the_row_alone(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
     scores, cache = run(model, policy(name, BUDGET), tokens, lengths, forced())

@@ -23,7 +23,11 @@ def tokens(length: int = 24, rows: int = 2, seed: int = 0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 97, (rows, length)), jnp.int32)
 
 
-@pytest.mark.parametrize("kind", tiny_latent.KINDS)
+QUICK = ("a rotary key for every two heads", "norms and a query rank", "no content")
+KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in tiny_latent.KINDS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_absorbed_form_equals_the_expanded_one(kind):
     """A naive softmax over the absorbed projections, and the plain pass, which expands."""
     model = tiny_latent.model(kind)
@@ -131,7 +135,9 @@ def test_a_rotary_block_for_every_group_is_grouped_attention():
     assert jnp.abs(ours - theirs).max() < ROUNDING
 
 
-@pytest.mark.parametrize("kind", ["one rotary key", "a rotary key for every head"])
+@pytest.mark.parametrize(
+    "kind", ["a rotary key for every two heads", pytest.param("one rotary key", marks=pytest.mark.slow)]
+)
 def test_only_distances_matter(kind):
     model = tiny_latent.model(kind)
     index = jnp.broadcast_to(jnp.arange(24), (2, 24))
@@ -140,6 +146,7 @@ def test_only_distances_matter(kind):
     assert jnp.abs(forward(model, tokens(), positions=2 * index) - model(tokens())).max() > 0.05
 
 
+@pytest.mark.slow
 def test_packed_documents_are_what_they_are_alone_and_hidden_states_come_along():
     model, text = tiny_latent.model(latent=(1,)), tokens(20, rows=1)
     segments = jnp.asarray([[5] * 8 + [2] * 12])

@@ -60,7 +60,10 @@ def expected(query: Query, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
     return out, np.log(weights.sum(-1))
 
 
-@pytest.mark.parametrize("name", ["dense", "flat", "pooled", "paged", "pages", "renumbered", "coded"])
+LONGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("flat", "pooled", "paged", "pages", "renumbered")]
+
+
+@pytest.mark.parametrize("name", ["dense", "coded", *LONGER])
 def test_every_store_reads_latents_as_values_and_takes_a_token(name):
     query, tokens = layer()
     store = stores(tokens)[name]
