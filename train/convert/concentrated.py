@@ -151,10 +151,12 @@ class Unsteady:
     Attributes:
         rotary: channels of the rotary key.
         fade: give the other pairs their mean turn; otherwise none, as in the published splits.
+        attended: count each key by the attention that it gets; otherwise all alike.
     """
 
     rotary: int
     fade: bool = True
+    attended: bool = True
     reads_text: ClassVar[bool] = True
 
     def __call__(self, source: Source, moments: Moments | None) -> RotarySplit:
@@ -168,7 +170,8 @@ class Unsteady:
         strength = logit_effects(source, moments)[:, None] * queries * missed
         weights = np.sum(strength.reshape(source.kv_heads, source.group, -1), axis=1)
         weights = np.maximum(weights, LEAST_WEIGHT * np.max(weights))
-        components = principal_components(source, moments.inputs, weights, phases=True)
+        keys = moments.attended if self.attended else moments.inputs
+        components = principal_components(source, keys, weights, phases=True)
         rotated = np.zeros(len(components.gain), bool)
         rotated[np.argsort(-components.gain, kind="stable")[: self.rotary // 2]] = True
         return components.split(source, rotated, turns if self.fade else 1.0)

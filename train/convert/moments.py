@@ -21,6 +21,11 @@ from kvx.prefill import embed
 from kvx.progress import Steps
 
 
+def about_mean(moments: Float[np.ndarray, "X X"]) -> Float[np.ndarray, "X X"]:
+    """Second moments about the mean, which is the column of the channel of ones: that channel has none."""
+    return moments - np.outer(moments[:, -1], moments[:, -1])
+
+
 @dataclass(frozen=True)
 class Moments:
     """Means over the tokens of some texts, of one layer.
@@ -29,21 +34,17 @@ class Moments:
 
     Attributes:
         inputs: mean of x x^T over the normed inputs with a last channel of ones: the last column is the mean of x.
+        attended: the same, each token counted by the attention that it gets, mean over heads.
         query_norms: mean 2-norm of each rotary pair of each query head.
         key_norms: of each KV head.
         distances: how much of each query head's attention falls on the token d places back; rows sum to 1.
     """
 
     inputs: Float[np.ndarray, "X X"]
+    attended: Float[np.ndarray, "X X"]
     query_norms: Float[np.ndarray, "H P"]
     key_norms: Float[np.ndarray, "G P"]
     distances: Float[np.ndarray, "H T"]
-
-    @property
-    def covariance(self) -> Float[np.ndarray, "X X"]:
-        """Second moments about the mean: the channel of ones has none."""
-        mean = self.inputs[:, -1]
-        return self.inputs - np.outer(mean, mean)
 
 
 def measure_moments(
@@ -51,7 +52,8 @@ def measure_moments(
 ) -> tuple[Moments, ...]:
     """Moments of every layer's attention over some texts, in one pass of the model over each batch.
 
-    Sums are kept in float64. Memory: beside the model, width^2 numbers a layer, and T x T for each row and head.
+    A batch's sums are float32, their total float64. Memory: beside the model, two float64 matrices of the model's width
+    for each layer, and T x T for each head of one row.
 
     Args:
         model: of `kvx.models`; its layers are of ordinary attention.
@@ -73,10 +75,7 @@ def measure_moments(
             positions = jnp.broadcast_to(jnp.arange(text.shape[1], dtype=jnp.int32), text.shape)
             for layer, block in enumerate(model.blocks):
                 steps(f"batch {number + 1}/{len(texts)}: layer {layer + 1}/{len(model.blocks)}")
-                inputs, *sums = _sums(block, x, positions)
-                ones = np.ones((text.size, 1))
-                inputs = np.concatenate([np.asarray(inputs, np.float64).reshape(text.size, -1), ones], axis=1)
-                new = [inputs.T @ inputs, *(np.asarray(each, np.float64) for each in sums)]
+                new = [np.asarray(each, np.float64) for each in _sums(block, x, positions)]
                 old = totals[layer]
                 totals[layer] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
                 x = attend(block, x, positions)[0]
@@ -87,20 +86,27 @@ def measure_moments(
 @jax.jit
 def _sums(
     block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T E"], Float[Array, "H P"], Float[Array, "G P"], Float[Array, "H T"]]:
-    """The normed inputs, and sums over a batch's tokens of the other moments; row by row for the T x T maps."""
+) -> tuple[Float[Array, "X X"], Float[Array, "X X"], Float[Array, "H P"], Float[Array, "G P"], Float[Array, "H T"]]:
+    """Sums over a batch's tokens, in the order of `Moments`; row by row for the T x T maps."""
     query, tokens = project(block, x, positions)
     queries = query.raw.reshape(len(x), -1, *query.raw.shape[-2:])  # (B, H, T, D)
 
-    def mass(row: tuple) -> Float[Array, "H T"]:
+    def look(row: tuple) -> tuple[Float[Array, "T"], Float[Array, "H T"]]:
         one = jax.tree.map(lambda array: array[None], row)
         logits = slot_logits(*one, **query.masking)
         probabilities = softmax_rows(logits)[0].reshape(queries.shape[1], x.shape[1], x.shape[1])
-        return by_distance(probabilities)
+        return jnp.mean(jnp.sum(probabilities, axis=1), axis=0), by_distance(probabilities)
 
-    rows = (query.rotated, tokens.rotated_keys, positions, tokens.positions)
-    distances = jnp.sum(jax.lax.map(mass, rows), axis=0)
-    return block.attention_norm(x), _pair_norms(queries), _pair_norms(tokens.raw_keys), distances
+    received, distances = jax.lax.map(look, (query.rotated, tokens.rotated_keys, positions, tokens.positions))
+    inputs = block.attention_norm(x).astype(jnp.float32)
+    inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
+    second = [_second_moments(inputs, weights) for weights in (jnp.ones_like(received), received)]
+    return *second, _pair_norms(queries), _pair_norms(tokens.raw_keys), jnp.sum(distances, axis=0)
+
+
+def _second_moments(x: Float[Array, "B T X"], weights: Float[Array, "B T"]) -> Float[Array, "X X"]:
+    # Small eigenvalues matter to whoever takes a root: no TF32, no bfloat16 passes.
+    return jnp.einsum("btx,bty->xy", x * weights[..., None], x, precision=jax.lax.Precision.HIGHEST)
 
 
 def by_distance(probabilities: Float[Array, "H T T"]) -> Float[Array, "H T"]:

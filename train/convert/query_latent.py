@@ -9,7 +9,7 @@ from jaxtyping import Float
 from kvx.errors import BadInput
 from kvx.train.convert.assemble import Queries
 from kvx.train.convert.factorisation import Decomposition, Metric, joint
-from kvx.train.convert.moments import Moments
+from kvx.train.convert.moments import Moments, about_mean
 from kvx.train.convert.ranks import Ranks
 
 
@@ -69,7 +69,7 @@ class QueryLatent:
             return joint(flat, flat[:0], Metric(centre=only_bias))
         if moments is None:
             raise BadInput("moments=None, but a query latent by activations needs them")
-        return joint(flat, flat[:0], Metric(inputs=moments.covariance, centre=moments.inputs[:, -1]))
+        return joint(flat, flat[:0], Metric(inputs=about_mean(moments.inputs), centre=moments.inputs[:, -1]))
 
     def _queries(self, rows: Float[np.ndarray, "H K X"], found: Decomposition, rank: int) -> Queries:
         factors = found.at(rank)

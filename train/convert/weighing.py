@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kvx.train.convert.factorisation import Metric
-from kvx.train.convert.moments import Moments
+from kvx.train.convert.moments import Moments, about_mean
 from kvx.train.convert.rotary_split import RotarySplit, needed
 from kvx.train.convert.source import Source
 
@@ -62,9 +62,11 @@ class ByEffect:
 
     Attributes:
         centred: about the mean; otherwise the latent spends a channel on it.
+        attended: count each token by the attention that it gets, as the sums over j of p_ij do; otherwise all alike.
     """
 
     centred: bool = True
+    attended: bool = True
     reads_text: ClassVar[bool] = True
 
     def __call__(self, source: Source, split: RotarySplit, moments: Moments | None) -> Metric:
@@ -80,15 +82,16 @@ class ByEffect:
         index = np.arange(source.kv_heads)
         values[index, :, index] = np.einsum("grve,grwe->gvw", grouped, grouped)
         values = values.reshape(source.kv_heads * width, -1)
+        inputs = moments.attended if self.attended else moments.inputs
         if not self.centred:
-            return Metric(keys, values, moments.inputs)
-        return Metric(keys, values, moments.covariance, moments.inputs[:, -1])
+            return Metric(keys, values, inputs)
+        return Metric(keys, values, about_mean(inputs), inputs[:, -1])
 
 
 def logit_effects(source: Source, moments: Moments) -> Float[np.ndarray, "H"]:
     """What a unit error of q . k does to the layer's output, squared: scale^2 E ||W_O^h (v - E v)||^2."""
     owner = np.arange(source.heads) // source.group
-    spread = head_moments(source.value, moments.covariance)[owner]
+    spread = head_moments(source.value, about_mean(moments.inputs))[owner]
     return source.scale**2 * np.sum((spread @ source.out) * source.out, axis=(1, 2))
 
 

@@ -49,6 +49,7 @@ def any_moments(source: Source, seed: int = 2) -> Moments:
     shares = random.random((source.heads, 16))
     return Moments(
         root @ root.T,
+        root.T @ root,
         random.random((source.heads, pairs)),
         random.random((source.kv_heads, pairs)),
         shares / shares.sum(axis=1, keepdims=True),

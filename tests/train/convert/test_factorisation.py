@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kvx.errors import BadInput
 from kvx.train.convert.factorisation import Metric, joint, separate
+from kvx.train.convert.moments import about_mean
 from kvx.train.convert.ranks import Energy
 from kvx.train.convert.rotary_split import ChosenPairs, SharedMean
 from kvx.train.convert.weighing import ByActivations, ByEffect, ByWeights
@@ -176,7 +177,7 @@ def test_effect_weighs_keys_by_their_logits():
     for head in range(source.heads):
         query = split.lift[head].T @ split.content_query[head]
         values, out = source.value[head // source.group], source.out[head]
-        moved = np.trace(out.T @ values @ moments.covariance @ values.T @ out)
+        moved = np.trace(out.T @ values @ about_mean(moments.inputs) @ values.T @ out)
         expected += source.scale**2 * moved * (wrong @ query @ moments.inputs @ query.T @ wrong)
     assert wrong @ metric.keys @ wrong == pytest.approx(expected)
     error = np.random.default_rng(1).standard_normal((source.kv_heads, source.value.shape[1]))

@@ -6,7 +6,7 @@ import pytest
 
 from kvx.errors import BadInput
 from kvx.loop import attend
-from kvx.train.convert.moments import by_distance, measure_moments
+from kvx.train.convert.moments import about_mean, by_distance, measure_moments
 from tests.train.convert import layers
 from tests.train.convert.dense import attention, source_logits
 
@@ -30,12 +30,15 @@ def test_moments_are_means_over_tokens():
     np.testing.assert_allclose(found.query_norms, norms, rtol=1e-5)
     norms = np.abs(np.einsum("gpx,btx->btgp", source.key_pairs, x)).mean(axis=(0, 1))
     np.testing.assert_allclose(found.key_norms, norms, rtol=1e-5)
-    distances = np.zeros((source.heads, 12))
-    for row in x:
-        for head, logits in enumerate(source_logits(source, row)):
+    distances, received = np.zeros((source.heads, 12)), np.zeros((3, 12))
+    for row, text in enumerate(x):
+        for head, logits in enumerate(source_logits(source, text)):
             weights = attention(logits, np.eye(12))
+            received[row] += weights.sum(axis=0) / source.heads
             distances[head] += [np.trace(weights, -back) for back in range(12)]
     np.testing.assert_allclose(found.distances, distances / texts.size, atol=1e-6)
+    attended = np.einsum("bt,btx,bty->xy", received, x, x) / texts.size
+    np.testing.assert_allclose(found.attended, attended, atol=1e-5)
     np.testing.assert_allclose(found.distances.sum(axis=1), 1, atol=1e-5)
 
 
@@ -56,7 +59,7 @@ def test_batches_are_only_how_it_is_computed():
 
 
 def test_the_covariance_has_no_channel_of_ones():
-    found = layers.moments()[0].covariance
+    found = about_mean(layers.moments()[0].inputs)
     np.testing.assert_allclose(found[-1], 0, atol=1e-12)
     assert np.linalg.eigvalsh(found).min() > -1e-9
 

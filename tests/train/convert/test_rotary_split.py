@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kvx.errors import BadInput
 from kvx.train.convert.concentrated import Concentrated, Unsteady, mean_turns, principal_components
+from kvx.train.convert.moments import about_mean
 from kvx.train.convert.rotary_split import ChosenPairs, SharedMean, fresh_frequencies
 from tests.models.tiny_configs import CONFIGS
 from tests.train.convert import layers
@@ -117,14 +118,14 @@ def test_the_first_unsteady_component_holds_more_than_any_other_axis_of_any_freq
     for head in range(source.heads):
         query, out = source.query_pairs[head], source.out[head]
         values = source.value[head // source.group]
-        moved = source.scale**2 * np.trace(out.T @ values @ moments.covariance @ values.T @ out)
+        moved = source.scale**2 * np.trace(out.T @ values @ about_mean(moments.inputs) @ values.T @ out)
         power = np.einsum("px,xy,py->p", query.conj(), moments.inputs, query).real
         weights[head // source.group] += moved * power * (1 - np.abs(turns[head]) ** 2)
     weights = np.maximum(weights, 1e-6 * weights.max())
 
     def held(pair: int, axis: np.ndarray) -> float:
         rows = np.sqrt(weights[:, pair])[:, None] * source.key_pairs[:, pair]
-        return (axis.conj() @ rows @ moments.inputs @ rows.conj().T @ axis).real / np.sum(np.abs(axis) ** 2)
+        return (axis.conj() @ rows @ moments.attended @ rows.conj().T @ axis).real / np.sum(np.abs(axis) ** 2)
 
     # The rotated component's share of each head's key is its axis, up to a factor.
     split = Unsteady(2)(source, moments)
