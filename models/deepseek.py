@@ -210,7 +210,9 @@ def _checked(model: Model) -> list[LatentAttention]:
 
 
 def _query_bias(layer: LatentAttention) -> Float[np.ndarray, "H D"]:
-    return np.asarray((layer.q if layer.q is not None else layer.q_b).bias[...], np.float32)
+    last = layer.q if layer.q is not None else layer.q_b
+    assert last is not None and last.bias is not None, "asked where there is one"
+    return np.asarray(last.bias[...], np.float32)
 
 
 def _rotation(layer: LatentAttention, source: Mapping[str, Any]) -> dict[str, Any]:
