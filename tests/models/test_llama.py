@@ -139,7 +139,9 @@ def test_gradients_come_as_a_model_and_match_finite_differences():
     ends = []
     for sign in (-1, 1):
         moved = jax.tree.map(lambda x: x, model)
-        moved.blocks[0].attention.qkv.kernel.set_value(model.blocks[0].attention.qkv.kernel[...] + sign * step * direction)
+        moved.blocks[0].attention.qkv.kernel.set_value(
+            model.blocks[0].attention.qkv.kernel[...] + sign * step * direction
+        )
         ends.append(loss(moved))
     slope = (ends[1] - ends[0]) / (2 * step)
     # A float32 difference of a loss near 6 keeps about two digits.
