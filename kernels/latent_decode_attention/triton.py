@@ -135,9 +135,11 @@ def latent_decode_attention(
 
 
 def _by_shape(count: int, dtype: jnp.dtype) -> Tuning:
+    """Tiles and accumulators that stay in registers: at rank 512, the largest whose compiled code spills none."""
     rows = 16 if count <= 16 else 32 if count <= 32 else 64
-    slots = 16 if dtype == jnp.float32 else 32 if rows < 64 else 64
-    return Tuning(rows=rows, slots=slots, warps=4 if rows < 64 else 8, stages=1 if dtype == jnp.float32 else 2)
+    if dtype == jnp.float32:
+        return Tuning(rows=min(rows, 32), slots=16, warps=8, stages=1)
+    return Tuning(rows=rows, slots=64 if rows == 16 else 32, warps=8, stages=2)
 
 
 @dataclass(frozen=True)

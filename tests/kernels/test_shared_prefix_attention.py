@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kvx.kernels.decode_attention import decode_attention
 from kvx.kernels.shared_prefix_attention import prefix_attention, shared_prefix_attention
@@ -50,20 +48,22 @@ def copied(arrays, **options):
     )
 
 
-@settings(deadline=None, max_examples=12)
-@given(
-    st.integers(1, 4),
-    st.sampled_from([1, 3]),
-    st.integers(1, 2),
-    st.sampled_from([1, 20]),
-    st.sampled_from([None, 4, 18]),
-    st.integers(0, 99),
+@pytest.mark.parametrize(
+    ("batch", "group", "length", "prefix", "window"),
+    [
+        (4, 3, 2, 20, None),
+        (3, 1, 1, 20, 18),
+        pytest.param(3, 3, 2, 20, 4, marks=pytest.mark.slow),
+        pytest.param(1, 1, 1, 1, None, marks=pytest.mark.slow),
+        pytest.param(2, 3, 1, 1, 4, marks=pytest.mark.slow),
+    ],
 )
-def test_reading_the_prefix_once_is_reading_it_in_every_row(batch, group, length, prefix, window, seed):
+def test_reading_the_prefix_once_is_reading_it_in_every_row(batch, group, length, prefix, window):
     """Whatever the window leaves of it, which differs from row to row; rows that have ended see nothing."""
-    arrays = operands(batch, group, length, prefix, 9, seed)
+    arrays = operands(batch, group, length, prefix, 9, seed=batch)
     options = {"scale": 0.3, "window": window, "softcap": 8.0}
-    wanted, found = copied(arrays, **options), shared_prefix_attention(**arrays, **options)
+    wanted = jax.jit(lambda arrays: copied(arrays, **options))(arrays)
+    found = jax.jit(lambda arrays: shared_prefix_attention(**arrays, **options))(arrays)
     # Float32 sums of 29 terms in another order.
     np.testing.assert_allclose(found.out, wanted.out, atol=2e-6)
     np.testing.assert_allclose(found.lse, wanted.lse, atol=2e-6)
@@ -72,12 +72,12 @@ def test_reading_the_prefix_once_is_reading_it_in_every_row(batch, group, length
 def test_an_empty_prefix_leaves_the_suffix_as_it_is():
     arrays = operands(2, 3, 1, 4, 9, 0)
     arrays["prefix_positions"] = jnp.full_like(arrays["prefix_positions"], -1)
-    found = shared_prefix_attention(**arrays, scale=0.3)
-    wanted = decode_attention(
-        *(arrays[name] for name in ("queries", "keys", "values", "query_positions", "key_positions")), scale=0.3
-    )
-    np.testing.assert_array_equal(found.out, wanted.out)
-    np.testing.assert_array_equal(found.lse, wanted.lse)
+    found = jax.jit(lambda arrays: shared_prefix_attention(**arrays, scale=0.3))(arrays)
+    own = [arrays[name] for name in ("queries", "keys", "values", "query_positions", "key_positions")]
+    wanted = jax.jit(lambda own: decode_attention(*own, scale=0.3))(own)
+    # A weight of exactly one and a sum with exact zeros, but two programs may round a matmul differently.
+    np.testing.assert_allclose(found.out, wanted.out, atol=1e-6)
+    np.testing.assert_allclose(found.lse, wanted.lse, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 12])
