@@ -56,7 +56,7 @@ def _build(
     kept = jax.random.bernoulli(next(keys), 0.8, (batch, kv_heads, past))
     old = jnp.where(kept, jnp.arange(past, dtype=jnp.int32), -1)
     spread = jnp.broadcast_to(new[:, None], (batch, kv_heads, length))
-    found = {
+    found: dict[str, Any] = {
         "queries": jax.random.normal(next(keys), (batch, kv_heads, group, length, dim), dtype),
         "keys": jax.random.normal(next(keys), shape, dtype),
         "values": jax.random.normal(next(keys), shape, dtype),

@@ -5,6 +5,8 @@ probability in bfloat16) and wants heads behind tokens, a transposed copy of eve
 float32 and takes the arrays as they lie; it is internal to JAX, so that every use of it is in this file.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -44,7 +46,7 @@ def attend(
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     batch, kv_heads, group, length, dim = queries.shape
-    out, lse = fused.dot_product_attention(
+    result: Any = fused.dot_product_attention(
         queries.reshape(batch, kv_heads * group, length, dim),
         keys,
         values,
@@ -53,4 +55,5 @@ def attend(
         qkv_layout="BNTH",
         return_residual=True,
     )
+    out, lse = result
     return out.reshape(queries.shape), lse.reshape(queries.shape[:-1])

@@ -77,7 +77,7 @@ def _backward(call: Call, pullback: Pullback, cotangents: Any) -> tuple[Array, A
         if not isinstance(cotangent, SymbolicZero):
             raise ValueError(f"{column} is differentiated, but only output and log-sum-exp of prefill attention can be")
     if isinstance(out, SymbolicZero):
-        out = jnp.zeros(out.aval.shape, out.aval.dtype)
+        out = jnp.zeros(out.shape, out.dtype)
     return (*pullback(out, None if isinstance(lse, SymbolicZero) else lse), None)
 
 

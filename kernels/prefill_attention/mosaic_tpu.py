@@ -88,7 +88,7 @@ def prefill_attention(
         some = tuple(column for column in columns if column.pooled is pooled)
         if some:
             votes = widths = None
-            if any(min(column.near, column.last) < inf for column in some):
+            if lengths is not None and any(min(column.near, column.last) < inf for column in some):
                 votes = jnp.stack([column.votes(query_positions, lengths) for column in some], axis=1)
                 widths = jnp.stack([near_width(lengths, column.near) for column in some], axis=1)
             arrays = statistics(runs[1], queries, keys, lse, *operands, votes, widths, columns=some, **shared)

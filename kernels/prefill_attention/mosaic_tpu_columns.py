@@ -6,6 +6,7 @@ Running statistics are tiles of (keys, 128): what a lane holds is reduced over l
 from collections.abc import Sequence
 from functools import partial
 from math import inf
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,9 @@ def _kernel(
     softcap, dim: int, segmented: bool, voting: bool,
 ):  # fmt: skip
     rest = list(rest)
-    labels, others = (rest.pop(0), rest.pop(0)) if segmented else (None, None)
-    votes = rest.pop(0) if voting else None
+    labels: Any = rest.pop(0) if segmented else None
+    others: Any = rest.pop(0) if segmented else None
+    votes: Any = rest.pop(0) if voting else None
     outs, found = rest[: len(columns)], rest[len(columns) :]
     batch, head, block, step = (pl.program_id(axis) for axis in range(4))
     kv_heads = pl.num_programs(1) // parts
@@ -47,7 +49,7 @@ def _kernel(
 
     def meet(masked: bool):
         heads = query.shape[0]
-        given = None
+        given: Any = None
         for each in range(heads):
             logits = tile_logits(key[...], query[each], turned=is_turned(dim), scale=scale, softcap=softcap)
             weights = jnp.exp(logits - lse[each])
@@ -56,7 +58,7 @@ def _kernel(
             given = given / heads
         spot = column_of(spots[...])
         if masked:
-            pair = None if labels is None else (labels[...], column_of(others[...]))
+            pair = None if others is None else (labels[...], column_of(others[...]))
             given = jnp.where(tile_mask(positions[...], spot, window, pair), given, 0.0)
         for place, (column, so_far) in enumerate(zip(columns, found, strict=True)):
             mapped = given

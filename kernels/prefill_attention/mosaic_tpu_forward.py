@@ -4,6 +4,7 @@ The grid's last axis walks the blocks of keys in reach of a block of queries; wh
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from kvx.kernels.prefill_attention.mosaic_tpu_tiles import (
 
 
 def _kernel(runs, query, key, value, positions, spots, *rest, heads: int, scale, window, softcap, dim: int, width: int):
-    labels, others, out, lse, mixed, top, total = (*rest,) if len(rest) == 7 else (None, None, *rest)
+    parts: Any = rest if len(rest) == 7 else (None, None, *rest)
+    labels, others, out, lse, mixed, top, total = parts
     batch, head, block, step = (pl.program_id(axis) for axis in range(4))
     kv_heads = pl.num_programs(1) // heads
     place = (batch * kv_heads + div(head, heads)) * pl.num_programs(2) + block

@@ -123,4 +123,8 @@ def causal_reaches(
     stop = jnp.where(key + key_block <= real, real // query_block, 0)
     none = stop <= full
     by_key = (first, jnp.where(none, first, full), jnp.where(none, first, stop), last)
-    return tuple(jnp.stack(runs, axis=-1)[:, None].astype(jnp.int32) for runs in (by_query, by_key))
+    return _table(by_query), _table(by_key)
+
+
+def _table(runs: tuple[Array, ...]) -> Int[Array, "B 1 N 4"]:
+    return jnp.stack(runs, axis=-1)[:, None].astype(jnp.int32)

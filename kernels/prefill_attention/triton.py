@@ -202,7 +202,7 @@ class _Problem:
         padded = self._padded(cut)
         positions, lengths = padded.sight.query_positions, padded.sight.lengths
         votes = widths = None
-        if any(min(column.near, column.last) < inf for column in columns):
+        if lengths is not None and any(min(column.near, column.last) < inf for column in columns):
             votes = jnp.stack([column.votes(positions, lengths) for column in columns], axis=1)
             widths = jnp.stack([near_width(lengths, column.near) for column in columns], axis=1)
         found = statistics(
@@ -236,7 +236,8 @@ class _Problem:
             lengths = jnp.sum(query_positions >= 0, axis=1, dtype=jnp.int32)
             found = causal_reaches(lengths, self.keys.shape[2], cut.query_block, cut.key_block)
             shape = key_positions.shape[:2]
-            return tuple(jnp.broadcast_to(runs, (*shape, *runs.shape[2:])) for runs in found)
+            by_query, by_key = (jnp.broadcast_to(runs, (*shape, *runs.shape[2:])) for runs in found)
+            return by_query, by_key
         return reaches(query_positions, key_positions, self.sight.segments, self.window, cut.query_block, cut.key_block)
 
     def _kernel(self, cut: Pass) -> dict[str, Any]:

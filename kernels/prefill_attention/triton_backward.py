@@ -4,6 +4,7 @@ Probabilities are recomputed from the saved log-sum-exp; the formulas are those 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def _query_kernel(
     labels, others, d_queries = (*rest,) if len(rest) == 3 else (None, None, *rest)
     query, pulled = queries[...], d_out[...]
     base, term, own = lse[...], terms[...], positions[...]
-    mine = None if labels is None else labels[...]
+    mine: Any = None if labels is None else labels[...]
 
     def body(block, carry, masked):
         rows = rows_of(block, key_block)
@@ -28,7 +29,7 @@ def _query_kernel(
         scores = logits.of(query, key)
         weights = jnp.exp2(scores - base[:, None])
         if masked:
-            pair = None if labels is None else (mine[:, None], plgpu.load(others.at[rows])[None, :])
+            pair = None if others is None else (mine[:, None], plgpu.load(others.at[rows])[None, :])
             seen = tile_mask(own[:, None], plgpu.load(spots.at[rows])[None, :], window, pair)
             weights = jnp.where(seen, weights, 0.0)
         d_scores = weights * (dot(pulled, plgpu.load(values.at[rows, :]), trans_b=True) + term[:, None])
@@ -42,7 +43,7 @@ def _key_kernel(
 ):
     labels, others, d_keys, d_values = (*rest,) if len(rest) == 4 else (None, None, *rest)
     key, value, spot = keys[...], values[...], spots[...]
-    theirs = None if others is None else others[...]
+    theirs: Any = None if others is None else others[...]
 
     def of_head(head, carry):
         def body(block, carry, masked):

@@ -8,6 +8,7 @@ shuffles between threads), as one number a key when they are many.
 from collections.abc import Sequence
 from functools import partial
 from math import inf
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,11 @@ def _kernel(
     query_block, key_block = blocks
     rest = list(rest)
     labels, others = (rest.pop(0), rest.pop(0)) if segmented else (None, None)
-    votes, widths = (rest.pop(0), rest.pop(0)) if voting else (None, None)
+    votes: Any = rest.pop(0) if voting else None
+    widths: Any = rest.pop(0) if voting else None
     outs = rest
     key, spot = keys[...], spots[...]
-    theirs = None if others is None else others[...]
+    theirs: Any = None if others is None else others[...]
     heads = queries.shape[0]
     tiles = len(columns) <= TILES
 
@@ -48,8 +50,8 @@ def _kernel(
         # Tensor cores may work on the next block's products while this one's exponentials are taken.
         following = products(jnp.minimum(block + 1, runs[np.int32(3)] - 1)) if ahead else ()
         rows = rows_of(block, query_block)
-        position = plgpu.load(positions.at[rows]) if masked or voting else None
-        mean = None
+        position: Any = plgpu.load(positions.at[rows]) if masked or voting else None
+        mean: Any = None
         for head, score in enumerate(scores or products(block)):
             base = plgpu.load(lse.at[np.int32(head), rows])
             given = jnp.exp2(logits.scaled(score) - base[:, None])

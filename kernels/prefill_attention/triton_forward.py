@@ -5,6 +5,7 @@ One program for each block of queries of a query head; the heaviest causal block
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,15 @@ from kvx.kernels.prefill_attention.triton_tiles import FLOOR, Logits, dot, rows_
 def _kernel(runs, queries, keys, values, positions, spots, *rest, logits: Logits, window: int | None, key_block: int):
     labels, others, out, lse = (*rest,) if len(rest) == 4 else (None, None, *rest)
     query = queries[...]
-    own, mine = positions[...], None if labels is None else labels[...]
+    own: Any = positions[...]
+    mine: Any = None if labels is None else labels[...]
 
     def body(block, carry, masked):
         mixed, top, total = carry
         rows = rows_of(block, key_block)
         scores = logits.of(query, plgpu.load(keys.at[rows, :]))
         if masked:
-            pair = None if labels is None else (mine[:, None], plgpu.load(others.at[rows])[None, :])
+            pair = None if others is None else (mine[:, None], plgpu.load(others.at[rows])[None, :])
             seen = tile_mask(own[:, None], plgpu.load(spots.at[rows])[None, :], window, pair)
             scores = jnp.where(seen, scores, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))

@@ -50,7 +50,7 @@ def backward(
                 bent = jnp.tanh(scores / softcap)
                 logits, slope = softcap * bent, scale * (1 - bent**2)
             seen = visible(positions[:, None, None, :, None], spots[:, :, None, None, :], window)
-            if labels is not None:
+            if sight.segments is not None:
                 other = sight.segments[1][:, : spots.shape[-1]]
                 seen &= same_segment(labels, other, sight.visibility)[:, None, None]
             weights = jnp.where(seen, jnp.exp(logits - block_lse[..., None]), 0.0)
