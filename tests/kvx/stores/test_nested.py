@@ -180,8 +180,8 @@ def test_errors_are_within_half_a_step_of_either_code(bits):
     store = packed(everything, capacity=96, bits=bits)
     for name in ("keys", "values"):
         codes, true = getattr(store, name), np.asarray(getattr(everything, name), np.float64)
-        step, true = np.asarray(codes.scale, np.float64), true.swapaxes(2, 3) if name == "keys" else true
-        step = step.repeat(N, axis=3)
+        step, true = np.asarray(codes.scale, np.float64), true.swapaxes(2, 3)
+        step = step.repeat(N, axis=2).swapaxes(2, 3) if name == "keys" else step.repeat(N, axis=2)
         upper, both = (np.asarray(codes.decode(upper=upper), np.float64) for upper in (True, False))
         # Rounding of float32, at numbers up to 30.
         slack = 4e-6
