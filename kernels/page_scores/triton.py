@@ -81,8 +81,13 @@ def _scores(rows_ref: Any, bounds_ref: Any, out_ref: Any, *, group: str, block: 
     # A dynamic start, since a static slice past the end is refused.
     rows = plgpu.load(rows_ref.at[one, pl.ds(pl.program_id(0) * 0, tile), :], mask=mine[:, None], other=0.0)
     bounds = plgpu.load(bounds_ref.at[one, here, :], mask=inside[:, None], other=0.0)
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     products = lax.dot_general(
-        rows.astype(dtype), bounds.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        rows.astype(dtype),
+        bounds.astype(dtype),
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
     products = empty_as_lowest(products)
     if group == "max":

@@ -240,6 +240,7 @@ def _channels(row: Any, first: int, width: int) -> tuple[Any, Any]:
 
 
 def _dot(left: Any, right: Any, contract: int) -> Any:
-    """left (m, k) times right, contracted over its axis `contract`, float32."""
+    """left (m, k) times right, contracted over its axis `contract`, float32; no tf32 where the operands are float32."""
     dims = (((1,), (contract,)), ((), ()))
-    return lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return lax.dot_general(left, right, dims, precision=precision, preferred_element_type=jnp.float32)
