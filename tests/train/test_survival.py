@@ -81,8 +81,8 @@ def test_a_new_run_does_not_write_over_checkpoints(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
-    """Weights grow by 2.5e18, 5e18, 7.5e18; the squares of their sum are beyond float32 in the fourth step."""
-    rate = {"learning_rate": 1e20, "warmup": 40, "clip": None}
+    """Weights grow by 1e17, 2e17, 3e17: in the fourth step the sum of 2048 squares is beyond float32."""
+    rate = {"learning_rate": 4e18, "warmup": 40, "clip": None}
     run = trainer(tmp_path, 40, placement=one_device(), every=2, evaluate=False, minimised=Squares(), **rate)
     with pytest.raises(
         Diverged, match="loss=inf at step 4; allowed: a finite number; the last good checkpoint is step 2"
