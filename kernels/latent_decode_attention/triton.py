@@ -2,7 +2,8 @@
 
 A tile of latents serves as keys and, the same registers again, as values. The programs of one run of slots stand next
 to each other in the grid, so that with many heads the second reads what the first has left in the L2 cache. Runs merge
-by log-sum-exp.
+by log-sum-exp. Rows with slots first are what the compiler copies ahead into shared memory; with slots last it fetches
+them through registers, so that a GPU's cache had better keep slots first.
 
 Codes of a word lie in different lanes of no array: a tile of words gives as many tiles of latents as a word has codes,
 each with every fourth (8 bits) channel. The queries are read by the same channels, and the outputs written by them.
@@ -52,7 +53,7 @@ class Tuning:
 CANDIDATES = (
     *(Tuning(16, slots, warps, stages) for slots in (32, 64) for warps in (4, 8) for stages in (2, 3)),
     *(Tuning(32, slots, warps, 2) for slots in (32, 64) for warps in (4, 8)),
-    *(Tuning(64, slots, 8, stages) for slots in (32, 64) for stages in (2, 3)),
+    *(Tuning(64, 32, warps, stages) for warps in (8, 16) for stages in (2, 3)),
 )
 
 

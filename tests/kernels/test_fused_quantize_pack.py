@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from kvx.kernels import quantize_pack as package
@@ -65,6 +66,7 @@ def test_numeric_triton(spec):
 def test_numeric_mosaic_tpu_interpreted(spec):
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         assert_equals_reference(spec, implementation="mosaic_tpu")
+    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas-Triton is supported from jax 0.11")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from kvx.kernels.decode_attention import decode_attention
@@ -64,6 +65,7 @@ def test_numeric_mosaic_tpu_interpreted(spec):
         pytest.skip("codes lie with slots last on a TPU")
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         assert_equals_reference(spec, implementation="mosaic_tpu")
+    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas-Triton is supported from jax 0.11")
