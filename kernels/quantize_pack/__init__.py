@@ -45,7 +45,7 @@ def quantize_pack(
     *,
     bits: int,
     group: int,
-    along: Literal["channels", "slots"],
+    along: str,
     slots_last: bool = False,
     implementation: str | None = None,
     tuning: Any = None,
