@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_st
     """Weights are 0.1 higher after every step, and 0.3 in the fourth."""
     rate = {"learning_rate": 0.1, "warmup": 0, "schedule": "constant"}
     run = trainer(tmp_path, 40, placement=one_device(), every=2, evaluate=False, minimised=Cliff(), **rate)
-    with pytest.raises(Diverged, match="loss=nan at step 4; allowed: a finite number; the last good .* is step 2 in"):
+    with pytest.raises(Diverged, match=r"loss=nan at step 4; allowed: a finite number; the last good .* is step 2 in"):
         run.run()
     assert run.checkpoints.steps() == [2]
     begun = run.step.begin(run.frame.arrays(run.student))
