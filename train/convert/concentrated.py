@@ -83,7 +83,7 @@ def principal_components(
         these = index[:, first : first + fold].ravel()
         rows, root = keys.reshape(heads * pairs, -1)[these], roots.ravel()[these]
         moments = root[:, None] * (rows @ inputs @ rows.conj().T) * root
-        values, axes = np.linalg.eigh(moments if phases else moments.real)
+        values, axes = np.linalg.eigh(moments if phases else np.real(moments))
         values, axes = values[::-1], axes[:, ::-1]
         place = slice(first * heads, (first + fold) * heads)
         analysis[place, these] = axes.conj().T * root
@@ -166,7 +166,7 @@ class Unsteady:
         turns = mean_turns(source, moments)
         missed = 1 - np.abs(turns) ** 2
         rows = source.query_pairs
-        queries = np.sum((rows.conj() @ moments.inputs) * rows, axis=-1).real
+        queries = np.real(np.sum((rows.conj() @ moments.inputs) * rows, axis=-1))
         strength = logit_effects(source, moments)[:, None] * queries * missed
         weights = np.sum(strength.reshape(source.kv_heads, source.group, -1), axis=1)
         weights = np.maximum(weights, LEAST_WEIGHT * np.max(weights))

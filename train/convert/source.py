@@ -86,12 +86,12 @@ def as_pairs(rows: Float[np.ndarray, "*batch D X"]) -> Complex[np.ndarray, "*bat
 
 def as_channels(pairs: Complex[np.ndarray, "*batch P X"]) -> Float[np.ndarray, "*batch D X"]:
     """The inverse of `as_pairs`: all real parts, then all imaginary parts."""
-    return np.concatenate([pairs.real, pairs.imag], axis=-2)
+    return np.concatenate([np.real(pairs), np.imag(pairs)], axis=-2)
 
 
 def as_real_map(pairs: Complex[np.ndarray, "*batch P N"]) -> Float[np.ndarray, "*batch D M"]:
     """The real matrix (2P, 2N) of a complex one (P, N), between half-split layouts."""
-    return np.block([[pairs.real, -pairs.imag], [pairs.imag, pairs.real]])
+    return np.block([[np.real(pairs), -np.imag(pairs)], [np.imag(pairs), np.real(pairs)]])
 
 
 def read_source(model: Model, layer: int) -> Source:

@@ -22,7 +22,10 @@ from tests.models.tiny_configs import CONFIGS
 from tests.train.convert import layers
 from tests.train.convert.dense import positions_apart
 
-KINDS = ["llama2", "llama-biases", "llama3.1", "qwen2.5-yarn"]
+KINDS = [
+    "llama-biases",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama2", "llama3.1", "qwen2.5-yarn")),
+]
 CLOSE = 1e-4
 """float32 logits of size 1 after two layers whose matrices were multiplied out anew."""
 
@@ -124,7 +127,7 @@ def test_the_rotary_key_in_the_model_is_that_of_the_split():
     assert attention.config.blocks == 2
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama-biases", "qwen2.5-yarn"])
+@pytest.mark.parametrize("name", KINDS)
 def test_a_compressed_layer_computes_what_its_factors_say(name):
     """The whole assembly against plain numpy: the first layer's logits and output in the expanded form."""
     build = by_effect(12, 6)
@@ -156,7 +159,8 @@ def test_a_compressed_layer_computes_what_its_factors_say(name):
     np.testing.assert_allclose(attention.output(out, jnp.float32)[0], expected, atol=CLOSE)
 
 
-@pytest.mark.parametrize("build", [lambda: transmla(20, 8), lambda: mha2mla(16, 8), lambda: by_effect(16, 8)])
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [lambda: transmla(20, 8), lambda: mha2mla(16, 8)])
 def test_both_forms_of_a_converted_model_agree(build):
     converted, _ = build()(layers.model("llama3.1"), layers.moments("llama3.1"))
     np.testing.assert_allclose(reference_forward(converted, TOKENS), logits(converted), atol=CLOSE)
@@ -183,6 +187,7 @@ def test_a_budget_over_layers_is_spent_exactly():
     assert sum(layer.rank for layer in report.layers) == 32
 
 
+@pytest.mark.slow
 def test_a_norm_on_the_latent_starts_near_the_latent():
     """Its gain is the latent's mean size over the calibration text, hence c / rms(c) * gain is about c."""
     model, moments = layers.model(), layers.moments()

@@ -23,7 +23,7 @@ def logits(model) -> np.ndarray:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "svd"])
-@pytest.mark.parametrize("name", [MULTI, "llama-biases"])
+@pytest.mark.parametrize("name", ["llama-biases", pytest.param(MULTI, marks=pytest.mark.slow)])
 def test_as_many_heads_is_the_same_model(name, pooling):
     model, moments = layers.model(name), layers.moments(name)
     converted, report = gqa(model.blocks[0].spec.kv_heads, pooling)(model, moments)

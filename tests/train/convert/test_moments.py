@@ -50,6 +50,7 @@ def test_second_moments_of_keys_follow_from_those_of_inputs():
     np.testing.assert_allclose(source.key @ inputs @ source.key.transpose(0, 2, 1), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_are_only_how_it_is_computed():
     texts = layers.texts()
     one, two = measure_moments(layers.model(), [texts]), measure_moments(layers.model(), [texts[:1], texts[1:]])
