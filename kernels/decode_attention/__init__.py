@@ -50,7 +50,8 @@ def decode_attention(
         scale: factor on q . k.
         window: positions back that a query sees, itself included.
         softcap: c of c tanh(scale q . k / c).
-        lengths: slots in use of each row and head, the first ones; what lies behind is not read.
+        lengths: slots in use of each row and head, the first ones; what lies behind counts as nothing, and must
+            be finite, as what empty slots hold.
         bias: natural log of a slot's weight, added to its capped logit.
         tail: exact tokens in the same softmax, masked by their positions.
         probabilities: return also those of the slots, the tail's E entries last: N = C + E, float32, 0 where unseen.

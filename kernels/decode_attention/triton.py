@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 from kvx.kernels.decode_attention.call import LONGEST_RUN, Call, Found, with_tail_logits
 from kvx.kernels.decode_attention.operands import Operand, Rows
 from kvx.kernels.decode_attention.triton_kernel import LOG2E, UNSEEN, Facts, kernel
-from kvx.kernels.decode_attention.triton_tiles import ROWS
+from kvx.kernels.decode_attention.triton_tiles import ROWS, Layout
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.quantize_pack.coded import ChannelCodes
 
@@ -125,7 +125,7 @@ def attend(call: Call, tuning: Tuning | None = None) -> Found:
 
 def _inputs(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays of a call by name, and their blocks: what one row and KV head owns."""
-    arrays = {"queries": call.queries}
+    arrays, shifts = {"queries": call.queries}, {}
     for name, operand in (("keys", call.keys), ("values", call.values)):
         if isinstance(operand, Rows):
             arrays[name] = operand.array
@@ -133,10 +133,13 @@ def _inputs(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
                 arrays[f"{name}_scale"] = operand.scale
         else:
             arrays |= {name: operand.words, f"{name}_ranges": operand.ranges}
+            shifts[f"{name}_shifts"] = Layout.of(operand).shifts()
     arrays |= {name: array for name, array in (("slots", call.slots), ("bias", call.bias)) if array is not None}
     if call.tail is not None:
         arrays |= {f"tail_{name}": getattr(call.tail, name) for name in ("keys", "values", "positions")}
     specs = {name: _whole(array.shape[2:]) for name, array in arrays.items()}
+    arrays |= shifts
+    specs |= {name: pl.BlockSpec(each.shape, lambda split, head, row: (0,)) for name, each in shifts.items()}
     if call.lengths is not None:
         arrays["lengths"] = call.lengths[..., None]
         specs["lengths"] = _whole((1,))

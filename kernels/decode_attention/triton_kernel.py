@@ -78,8 +78,7 @@ def kernel(refs: dict[str, Any], outs: dict[str, Any], *, call: Facts) -> None:
     share = pl.cdiv(blocks, call.splits)
     first = split * share
     turns = jnp.clip(pl.cdiv(end, block) - first, 0, share)
-    # Loads need a mask where a block may reach beyond the last slot; what lies behind a length is any bits at all.
-    ragged = "lengths" in refs or call.slots % block != 0
+    bounded = "lengths" in refs or call.slots % block != 0
 
     queries = [
         gather(refs["queries"], row, call.keys.channels(plane), real[:, None], call.dtype)
@@ -89,26 +88,23 @@ def kernel(refs: dict[str, Any], outs: dict[str, Any], *, call: Facts) -> None:
     def turn(index, state):
         start = (first + index) * block
         slot = start + jax.lax.iota(jnp.int32, block)
-        inside = slot < end if ragged else None
-        scores = _products(queries, tiles("keys", refs, call.keys, start, block, inside, call.dtype, call.packed))
+        inside = slot < end if bounded else None
+        # A mask keeps loads from being wide; they need one only where a block may reach beyond the last slot.
+        there = slot < call.slots if call.slots % block else None
+        scores = _products(queries, tiles("keys", refs, call.keys, start, block, there, call.dtype, call.packed))
         if "keys_scale" in refs:
-            scores = scores * _scale(refs["keys_scale"], start, block, inside)
+            scores = scores * _scale(refs["keys_scale"], start, block, there)
         scores = _capped(scores, call)
         if "bias" in refs:
-            scores = scores + load(refs["bias"], (pl.ds(start, block),), inside, 0.0)[None, :]
-        places = load(refs["slots"], (pl.ds(start, block),), inside, -1) if "slots" in refs else None
+            scores = scores + load(refs["bias"], (pl.ds(start, block),), there, 0.0)[None, :]
+        places = load(refs["slots"], (pl.ds(start, block),), there, -1) if "slots" in refs else None
         scores = jnp.where(_seen(spots, places, inside, call.window, scores.shape), scores, -jnp.inf)
         if "logits" in outs:
-            shown = real[:, None] & (inside[None, :] if ragged else jnp.full((1, block), True))
+            shown = real[:, None] & (inside[None, :] if bounded else jnp.full((1, block), True))
             plgpu.store(outs["logits"].at[row, pl.ds(start, block)], scores, mask=shown)
-        weigh = _scale(refs["values_scale"], start, block, inside) if "values_scale" in refs else None
-        return _step(
-            state,
-            scores,
-            weigh,
-            tiles("values", refs, call.values, start, block, inside, call.dtype, call.packed),
-            call,
-        )
+        weigh = _scale(refs["values_scale"], start, block, there) if "values_scale" in refs else None
+        values = tiles("values", refs, call.values, start, block, there, call.dtype, call.packed)
+        return _step(state, scores, weigh, values, call)
 
     state = (
         jnp.full((call.padded,), UNSEEN, jnp.float32),

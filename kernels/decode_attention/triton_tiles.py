@@ -63,6 +63,10 @@ class Layout:
         """Rows of a tile: channels of a plane."""
         return self.width // self.planes
 
+    def shifts(self) -> jax.Array:
+        """Bits that each row of a tile of words is shifted by, so that its copies come apart."""
+        return (jnp.arange(self.depth) % self.copies * (self.bits or 0) * self.planes).astype(jnp.uint32)
+
     def channels(self, plane: int) -> jax.Array:
         """Channel of each row of a plane's tile."""
         row = jax.lax.iota(jnp.int32, self.depth)
@@ -89,7 +93,8 @@ def tiles(
 
     words = by_row(ref, row // layout.copies)
     if layout.copies > 1:
-        words = words >> (row % layout.copies * (layout.bits * layout.planes)).astype(jnp.uint32)[:, None]
+        # Loaded, not computed: only what comes from loads moves to the tensor cores' layout before it is taken apart.
+        words = words >> plgpu.load(refs[f"{name}_shifts"].at[row])[:, None]
     if layout.by_slot:
         # All planes of a word share their run of channels: a run is no narrower than a tile row's channels.
         ranges = by_row(refs[f"{name}_ranges"], row * layout.planes // layout.group)
@@ -110,20 +115,39 @@ def tiles(
 
 
 def _pairs(words, ranges, bits: int, plane: int):
-    """A plane of bfloat16 numbers, two slots to an instruction: 128 + c is c in the mantissa of a 128."""
-    half, shift = divmod(bits * plane, 16)
-    mask = (2**bits - 1) * 0x10001
+    """A plane of bfloat16 numbers, two slots to an instruction.
+
+    A code of 4 bits is put into the lowest bits of the mantissa of a 128, which makes 128 + c, and 128 is taken off
+    again, exactly. One of 2 bits goes into the highest of a 1, which makes 1 + c / 4, and c s + m is that times 4 s
+    plus m - 4 s, whose rounding is about that of the result.
+    """
+    half, offset = divmod(bits * plane, 16)
+    lowest = 5 if bits == 2 else 0
+    shift = f"shr.b32 t, t, {offset - lowest};" if offset >= lowest else f"shl.b32 t, t, {lowest - offset};"
+    mask = ((2**bits - 1) << lowest) * 0x10001
+    one = "0x3F803F80" if bits == 2 else "0x43004300"
+    affine = (
+        """
+        mov.b32 k, 0x40804080;
+        mov.b32 z, 0x80008000;
+        fma.rn.bf16x2 k, s, k, z;
+        mov.b32 z, 0xC080C080;
+        fma.rn.bf16x2 m, s, z, m;
+        fma.rn.bf16x2 $0, t, k, m;"""
+        if bits == 2
+        else """
+        mov.b32 k, 0x3F803F80;
+        mov.b32 z, 0xC300C300;
+        fma.rn.bf16x2 t, t, k, z;
+        fma.rn.bf16x2 $0, t, s, m;"""
+    )
     text = f"""{{
-        .reg .b32 t, s, m, one, less;
+        .reg .b32 t, s, m, k, z;
         prmt.b32 t, $1, $2, {0x7632 if half else 0x5410};
-        shr.b32 t, t, {shift};
-        lop3.b32 t, t, {mask:#x}, 0x43004300, 0xEA;
-        mov.b32 one, 0x3F803F80;
-        mov.b32 less, 0xC300C300;
-        fma.rn.bf16x2 t, t, one, less;
+        {shift}
+        lop3.b32 t, t, {mask:#x}, {one}, 0xEA;
         prmt.b32 s, $3, $4, 0x7632;
-        prmt.b32 m, $3, $4, 0x5410;
-        fma.rn.bf16x2 $0, t, s, m;
+        prmt.b32 m, $3, $4, 0x5410;{affine}
     }}"""
     [numbers] = plgpu.elementwise_inline_asm(
         text,
