@@ -44,13 +44,13 @@ def operations() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def calls(which: str, only: tuple[str, ...] = (), matching: str = "") -> Iterator[Call]:
+def calls(which: str, only: tuple[str, ...] = (), matching: tuple[str, ...] = ("",)) -> Iterator[Call]:
     """The calls of one list of every operation, or of some.
 
     Args:
         which: "NUMERIC", "AOT" or "CI".
         only: operations; none: all.
-        matching: text that an entry's name contains.
+        matching: texts of which an entry's name contains one.
 
     Raises:
         BadInput: an operation that there is not.
@@ -62,7 +62,7 @@ def calls(which: str, only: tuple[str, ...] = (), matching: str = "") -> Iterato
     for name in only or everything:
         package = importlib.import_module(f"kvx.kernels.{name}")
         for spec in getattr(importlib.import_module(f"kvx.kernels.{name}.arg_specs"), which):
-            if matching in spec.name:
+            if any(text in spec.name for text in matching):
                 yield Call(name, getattr(package, spec.function or name), spec)
 
 

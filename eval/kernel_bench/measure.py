@@ -1,6 +1,8 @@
 """Rows of the kernel benchmark: time, bytes that must move, achieved bandwidth, and its ratio to a copy."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -38,9 +40,12 @@ class Row:
 
 
 def measure(
-    call: Call, bandwidth: float, *, chosen: tuple[str, ...], tune: bool = False, peers: bool = False
+    calls: Sequence[Call], bandwidth: float, *, chosen: tuple[str, ...], tune: bool = False, peers: bool = False
 ) -> Iterator[Row]:
-    """One call with every implementation, and the peers that can do the job.
+    """Every call with every implementation, and the peers that can do the job.
+
+    Programs are compiled by all processors while others are timed on an accelerator; on a CPU, where both would take
+    the same processors, all are compiled first.
 
     Args:
         bandwidth: of a copy, bytes per second.
@@ -48,25 +53,45 @@ def measure(
         tune: try all of an implementation's `CANDIDATES`, not only its default.
         peers: time dense attention of others where an entry says how to compare.
     """
-    inputs = [call.spec.arrays(seed) for seed in range(turns(call.spec.argument_bytes()))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        work = [(call, [*_programs(call, chosen, tune, pool)], pool.submit(_builder, call)) for call in calls]
+        if jax.default_backend() == "cpu":
+            pool.shutdown(wait=True)
+        for call, programs, builder in work:
+            build = builder.result()
+            inputs = [build(jax.random.key(seed)) for seed in range(turns(call.spec.argument_bytes()))]
+            for row, program in programs:
+                yield _timed(row, program, call, inputs, bandwidth)
+            del inputs
+            if peers and call.spec.compares is not None:
+                for peer, seconds, problem in peer_times(call.spec.compares):
+                    yield Row(call.operation, call.spec.name, peer, seconds, problem=problem)
+
+
+def _programs(
+    call: Call, chosen: tuple[str, ...], tune: bool, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Row, Future[Any]]]:
     for implementation in implementations(call.operation):
         if implementation in chosen:
-            tunings = (None, *candidates(call.operation, implementation)) if tune else (None,)
-            for tuning in tunings:
-                yield _row(call, implementation, tuning, inputs, bandwidth)
-    del inputs
-    if peers and call.spec.compares is not None:
-        for peer, seconds, problem in peer_times(call.spec.compares):
-            yield Row(call.operation, call.spec.name, peer, seconds, problem=problem)
+            for tuning in (None, *candidates(call.operation, implementation)) if tune else (None,):
+                function = call.bound(implementation, **({} if tuning is None else {"tuning": tuning}))
+                name = call.spec.function or call.operation
+                row = Row(name, call.spec.name, implementation, None, tuning=None if tuning is None else str(tuning))
+                yield row, pool.submit(_compiled, function, call)
 
 
-def _row(call: Call, implementation: str, tuning: Any, inputs: list[Any], bandwidth: float) -> Row:
-    name = call.spec.function or call.operation
-    row = Row(name, call.spec.name, implementation, None, tuning=None if tuning is None else str(tuning))
-    function = call.bound(implementation, **({} if tuning is None else {"tuning": tuning}))
+def _compiled(function: Any, call: Call) -> Any:
+    return jax.jit(function).lower(call.spec.abstract()).compile()
+
+
+def _builder(call: Call) -> Any:
+    return jax.jit(call.spec.build).lower(jax.random.key(0)).compile()
+
+
+def _timed(row: Row, program: Future[Any], call: Call, inputs: list[Any], bandwidth: float) -> Row:
     try:
         moved = call.spec.bytes_moved(call.function)
-        seconds = seconds_per_call(function, inputs)
+        seconds = seconds_per_call(program.result(), inputs)
     except Exception as error:  # one call that fails must not take the others with it
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return replace(row, problem=lines[0][:300])

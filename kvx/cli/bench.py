@@ -18,7 +18,9 @@ def _group() -> None:
 @bench.command()
 def kernels(
     only: Annotated[list[str] | None, typer.Option("--only", help="An operation; may be repeated.")] = None,
-    matching: Annotated[str, typer.Option("--matching", help="Text in the name of a shape.")] = "",
+    matching: Annotated[
+        list[str] | None, typer.Option("--matching", help="Text in the name of a shape; may be repeated.")
+    ] = None,
     shapes: Annotated[str, typer.Option("--shapes", help="NUMERIC, CI or AOT (the realistic ones).")] = "AOT",
     aot: Annotated[bool, typer.Option("--aot", help="Compile for TPUs instead of timing; needs libtpu.")] = False,
     chip: Annotated[list[str] | None, typer.Option("--chip", help="v5e, v5p, v6e; may be repeated.")] = None,
@@ -54,9 +56,9 @@ def kernels(
     for name in chip or ():
         if name not in CHIPS:
             raise unknown("chip", name, CHIPS)
-    chosen = list(calls("NUMERIC" if check else shapes, tuple(only or ()), matching))
+    chosen = list(calls("NUMERIC" if check else shapes, tuple(only or ()), tuple(matching or ("",))))
     if not chosen:
-        raise BadInput(f"matching is {matching!r}, which no shape of the chosen operations contains")
+        raise BadInput(f"matching is {matching}, which no shape of the chosen operations contains")
     if aot:
         _ahead_of_time(chosen, tuple(chip or CHIPS), out, json)
     elif check:
@@ -126,11 +128,11 @@ def _timed(chosen, given: tuple[str, ...], tune: bool, peers: bool, out: Path | 
     head = f"{device_name()}, jax {jax.__version__}; a copy moves {bandwidth / 1e9:.0f} GB/s.\n\n"
     rows = []
     with Steps(len(chosen), None) as step:
-        for call in chosen:
-            step(str(call))
-            for row in measure(call, bandwidth, chosen=_default_implementations(given), tune=tune, peers=peers):
-                rows.append(row)
-                _write(head + tables.timed(rows), out)
+        for row in measure(chosen, bandwidth, chosen=_default_implementations(given), tune=tune, peers=peers):
+            if not rows or rows[-1].name != row.name:
+                step(f"{row.operation}: {row.name}")
+            rows.append(row)
+            _write(head + tables.timed(rows), out)
     everything = {"device": device_name(), "copy": bandwidth, "rows": [row.as_json() for row in rows]}
     _print(head + tables.timed(rows), everything, json)
 
