@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ class Tuning:
 CANDIDATES = tuple(Tuning(size) for size in (2**19, 2**20, 2**21))
 
 
-def refusal(x: Float[Array, "*batch N M"], tuning: Tuning | None) -> str | None:
+def refusal(x: Float[Array, "*batch N M"], tuning: Any) -> str | None:
     """Why these arguments cannot run."""
     return None if tuning is None or isinstance(tuning, Tuning) else f"tuning is {tuning}, it takes its own Tuning"
 

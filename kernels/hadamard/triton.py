@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ CANDIDATES = tuple(
 )
 
 
-def refusal(x: Float[Array, "*batch N M"], tuning: Tuning | None) -> str | None:
+def refusal(x: Float[Array, "*batch N M"], tuning: Any) -> str | None:
     """Why these arguments cannot run."""
     if tuning is not None and not isinstance(tuning, Tuning):
         return f"tuning is {tuning}, it takes its own Tuning"

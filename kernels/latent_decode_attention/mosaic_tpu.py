@@ -9,6 +9,7 @@ to 255 they are exact in bfloat16, and a run's scale and minimum move out of bot
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,7 @@ class Tuning:
 CANDIDATES = tuple(Tuning(slots) for slots in (512, 1024, 2048, 4096))
 
 
-def refusal(
-    queries: Float[Array, "B T H D"], rows: Rows, value_dim: int, slots_last: bool, tuning: Tuning | None
-) -> str | None:
+def refusal(queries: Float[Array, "B T H D"], rows: Rows, value_dim: int, slots_last: bool, tuning: Any) -> str | None:
     """Why these arguments cannot run."""
     if isinstance(rows, CodedRows) and not slots_last:
         return "coded rows need slots_last=True, since their few rotary channels would be padded to 128 lanes"

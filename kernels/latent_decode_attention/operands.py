@@ -19,7 +19,7 @@ class CodedRows:
         codes: of the V latent channels, as one KV head's; their slots are always last.
     """
 
-    rotary: Float[Array, "B C P"] | Float[Array, "B P C"]
+    rotary: Float[Array, "B m n"]
     codes: TokenCodes
 
     @property
@@ -28,7 +28,8 @@ class CodedRows:
         return self.codes.words.shape[-2] * 32 // self.codes.bits
 
 
-Rows = Float[Array, "B C D"] | Float[Array, "B D C"] | CodedRows
+Rows = Float[Array, "B m n"] | CodedRows
+"""Whose last axis slots are is told beside them."""
 
 
 def width(rows: Rows, slots_last: bool) -> int:

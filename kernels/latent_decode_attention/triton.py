@@ -11,6 +11,7 @@ each with every fourth (8 bits) channel. The queries are read by the same channe
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,7 @@ CANDIDATES = (
 )
 
 
-def refusal(
-    queries: Float[Array, "B T H D"], rows: Rows, value_dim: int, slots_last: bool, tuning: Tuning | None
-) -> str | None:
+def refusal(queries: Float[Array, "B T H D"], rows: Rows, value_dim: int, slots_last: bool, tuning: Any) -> str | None:
     """Why these arguments cannot run."""
     if tuning is not None and not isinstance(tuning, Tuning):
         return f"tuning is {tuning}, it takes its own Tuning"

@@ -6,7 +6,8 @@ word then lie below each other and are picked out by strided reads.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from math import lcm
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jaxtyping import Array, Float, UInt32
 
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes, range_minimum, range_scale
 from kvx.kernels.quantize_pack.uniform_codes import ROUNDING
+
+LANES = 128
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Tuning:
 CANDIDATES = tuple(Tuning(slots) for slots in (512, 1024, 2048))
 
 
-def refusal(channels: int, slots: int, bits: int, group: int, along: str, tuning: Tuning | None) -> str | None:
+def refusal(channels: int, slots: int, bits: int, group: int, along: str, tuning: Any) -> str | None:
     """Why these arguments cannot run."""
     if tuning is not None and (not isinstance(tuning, Tuning) or tuning.slots % 128):
         return f"tuning is {tuning}, it takes its own Tuning with slots a multiple of 128"
@@ -61,7 +64,7 @@ def quantize_pack(
         in_specs=[_rows_spec(channels, block, slots_last)],
         out_specs=[pl.BlockSpec((None, count, block), lambda b, j: (b, 0, j)), ranges_spec],
         out_shape=[jax.ShapeDtypeStruct((flat.shape[0], count, slots), jnp.uint32), ranges],
-        scratch_shapes=[pltpu.VMEM((channels, block), jnp.int32)],
+        scratch_shapes=_scratch(channels, bits, block),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name="quantize_pack",
     )(flat)
@@ -86,7 +89,7 @@ def unpack_dequantize(
         in_specs=[pl.BlockSpec((None, words.shape[1], block), lambda b, j: (b, 0, j)), ranges_spec],
         out_specs=_rows_spec(channels, block, slots_last),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        scratch_shapes=[pltpu.VMEM((channels, block), jnp.int32)],
+        scratch_shapes=_scratch(channels, codes.bits, block),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name="unpack_dequantize",
     )(words, ranges)
@@ -94,12 +97,10 @@ def unpack_dequantize(
 
 
 def _block(slots: int, group: int, along: str, tuning: Tuning | None) -> int:
-    """Slots a step. Along slots, a step holds eight whole groups at least: one sublane of ranges each."""
-    least = max((tuning or Tuning()).slots, 128)
-    block = least if along == "channels" else -(-least // (8 * group)) * 8 * group
-    while block % 128:
-        block *= 2
-    return min(block, slots)
+    """Slots a step: whole runs of lanes and, along slots, eight whole groups: one sublane of ranges each."""
+    unit = LANES if along == "channels" else lcm(LANES, 8 * group)
+    wanted = min((tuning or Tuning()).slots, slots)
+    return -(-wanted // unit) * unit
 
 
 def _rows_spec(channels: int, block: int, slots_last: bool) -> pl.BlockSpec:
@@ -121,7 +122,16 @@ def _ranges(
     return jax.ShapeDtypeStruct(shape, jnp.uint32), spec
 
 
-def _quantize_kernel(rows_ref, words_ref, ranges_ref, codes_ref, *, bits, group, along, slots_last):
+def _scratch(channels: int, bits: int, block: int) -> list[Any]:
+    """Codes and words by runs of 128 slots: strided access is to whole registers of lanes."""
+    runs = block // LANES
+    return [
+        pltpu.VMEM((runs, channels, LANES), jnp.int32),
+        pltpu.VMEM((runs, channels * bits // 32, LANES), jnp.uint32),
+    ]
+
+
+def _quantize_kernel(rows_ref, words_ref, ranges_ref, codes_ref, packed_ref, *, bits, group, along, slots_last):
     rows = rows_ref[...].astype(jnp.float32)
     turn = slots_last == (along == "slots")
     rows = rows.T if turn else rows
@@ -135,13 +145,19 @@ def _quantize_kernel(rows_ref, words_ref, ranges_ref, codes_ref, *, bits, group,
     ranges_ref[...] = _bits(scale) | (_bits(minimum) >> 16)
     steps = jnp.round((groups - minimum[:, None]) / scale[:, None])
     codes = jnp.clip(steps, 0, 2**bits - 1).reshape(rows.shape)
-    codes_ref[...] = (codes.T if along == "slots" else codes).astype(jnp.int32)
-    _pack(codes_ref, words_ref, bits)
+    codes = (codes.T if along == "slots" else codes).astype(jnp.int32)
+    for run in range(codes_ref.shape[0]):
+        lanes = slice(run * LANES, (run + 1) * LANES)
+        codes_ref[run] = codes[:, lanes]
+        _pack(codes_ref.at[run], packed_ref.at[run], bits)
+        words_ref[:, lanes] = packed_ref[run]
 
 
-def _unpack_kernel(words_ref, ranges_ref, rows_ref, codes_ref, *, bits, group, along, slots_last):
-    _unpack(words_ref, codes_ref, bits)
-    codes = codes_ref[...].astype(jnp.float32)
+def _unpack_kernel(words_ref, ranges_ref, rows_ref, codes_ref, packed_ref, *, bits, group, along, slots_last):
+    for run in range(codes_ref.shape[0]):
+        packed_ref[run] = words_ref[:, run * LANES : (run + 1) * LANES]
+        _unpack(packed_ref.at[run], codes_ref.at[run], bits)
+    codes = jnp.concatenate([codes_ref[run] for run in range(codes_ref.shape[0])], axis=1).astype(jnp.float32)
     codes = codes.T if along == "slots" else codes
     scale, minimum = range_scale(ranges_ref[...]), range_minimum(ranges_ref[...])
     groups = codes.reshape(-1, group, codes.shape[1]) * scale[:, None] + minimum[:, None]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class Tuning:
 CANDIDATES = tuple(Tuning(slots, warps) for slots in (16, 32, 64, 128) for warps in (4, 8))
 
 
-def refusal(channels: int, slots: int, bits: int, group: int, along: str, tuning: Tuning | None) -> str | None:
+def refusal(channels: int, slots: int, bits: int, group: int, along: str, tuning: Any) -> str | None:
     """Why these arguments cannot run."""
     if tuning is not None and not isinstance(tuning, Tuning):
         return f"tuning is {tuning}, it takes its own Tuning"
