@@ -121,6 +121,11 @@ def test_what_cannot_run_is_refused_with_a_sentence(options, sentence):
         quantize_pack(jnp.zeros((1, 1, 16, 64)), **{"bits": 4, "group": 32, "along": "channels"} | options)
 
 
+def test_words_that_fill_no_tile_of_a_tpu_are_refused():
+    with pytest.raises(ValueError, match="a slot has 12 words, it takes up to 8 or multiples of 8"):
+        quantize_pack(jnp.zeros((1, 1, 16, 128)), bits=3, group=32, along="channels", implementation="mosaic_tpu")
+
+
 def test_channels_that_fill_no_words_and_nested_codes_are_refused():
     with pytest.raises(ValueError, match="rows have 20 channels, allowed at 3 bits"):
         quantize_pack(jnp.zeros((1, 1, 4, 20)), bits=3, group=4, along="channels")
