@@ -52,8 +52,8 @@ def refusal(queries: Float[Array, "B T H D"], rows: Rows, value_dim: int, slots_
         return "coded rows need at least one rotary channel"
     if not slots_last and width(rows, slots_last) % 128:
         return (
-            f"rows have {width(rows, slots_last)} channels along the lanes, it takes multiples of 128 or slots_last=True: "
-            "otherwise XLA copies the cache into padded lanes at every call"
+            f"rows have {width(rows, slots_last)} channels along the lanes, it takes multiples of 128 or "
+            "slots_last=True: otherwise XLA copies the cache into padded lanes at every call"
         )
     if tuning is not None and (not isinstance(tuning, Tuning) or tuning.slots % 128):
         return f"tuning is {tuning}, it takes its own Tuning with slots a multiple of 128"

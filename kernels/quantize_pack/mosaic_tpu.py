@@ -39,9 +39,7 @@ def refusal(channels: int, slots: int, bits: int, group: int, along: str, tuning
         return f"group is {group}, it takes multiples of 8"
     words = channels * bits // 32
     if words > 8 and words % 8:
-        return (
-            f"a slot has {words} words, it takes up to 8 or multiples of 8: otherwise XLA copies them into padded tiles"
-        )
+        return f"a slot has {words} words, it takes up to 8 or multiples of 8: others XLA copies into padded tiles"
     if channels % 32:
         return f"rows have {channels} channels, it takes multiples of 32"
     return None
