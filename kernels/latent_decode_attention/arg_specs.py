@@ -143,7 +143,7 @@ AOT = (
     *(_spec(*CONVERTED[1], *size, run=64, slots_last=True) for size in SIZES),
 )
 
-CI = (_spec(*MODELS[0], 8, 4096, slots_last=True), _spec(*MODELS[1], 8, 4096, run=128, slots_last=True))
+CI = (_spec(*MODELS[0], 8, 32768, slots_last=True), _spec(*MODELS[1], 8, 4096, run=128, slots_last=True))
 
 GPU = tuple(_spec(*model, *size) for model in (*MODELS, *CONVERTED) for size in SIZES)
 """Slots first, which a GPU copies ahead along whole rows. A TPU would pad every row to whole runs of 128 lanes."""

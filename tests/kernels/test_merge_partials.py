@@ -21,7 +21,7 @@ def operands(slots: int, seed: int):
     return normal(2, 2, 3, 1, 8), normal(2, 2, slots, 8), normal(2, 2, slots, 8), jnp.full((2, 1), slots), places
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(st.integers(1, 30), st.lists(st.integers(0, 30), max_size=3), st.integers(0, 1000))
 def test_parts_merge_to_the_whole(slots, cuts, seed):
     query, keys, values, spot, places = operands(slots, seed)
