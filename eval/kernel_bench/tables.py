@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from kvx.eval.kernel_bench.ahead_of_time import Compiled
 from kvx.eval.kernel_bench.measure import Row
+from kvx.eval.kernel_bench.numerics import Checked
 
 
 def timed(rows: Iterable[Row]) -> str:
@@ -20,6 +21,15 @@ def timed(rows: Iterable[Row]) -> str:
         label = row.implementation + (f" {row.tuning}" if row.tuning else "")
         note = f" ({row.problem})" if row.problem else ""
         lines.append(f"| {row.operation} | {row.name} | {label}{note} | {time} | {moved} | {speed} | {share} |")
+    return "\n".join(lines) + "\n"
+
+
+def checked(found: Iterable[Checked]) -> str:
+    """Errors against the reference, and what is allowed."""
+    lines = ["| call | implementation | error | allowed | |", "| --- | --- | ---: | ---: | --- |"]
+    for each in found:
+        verdict = "ok" if each.good else f"**wrong** {(each.problem or '').replace('|', '/')}"
+        lines.append(f"| {each.call} | {each.implementation} | {each.error:.1e} | {each.allowed:.0e} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 

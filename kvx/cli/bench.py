@@ -94,25 +94,17 @@ def _ahead_of_time(chosen, chips: tuple[str, ...], out: Path | None, json: bool)
 
 
 def _checked(chosen, given: tuple[str, ...], out: Path | None, json: bool) -> None:
-    from kvx.eval.kernel_bench.calls import implementations
-    from kvx.eval.kernel_bench.numerics import error
+    from dataclasses import asdict
 
-    rows, lines, good = [], ["| call | implementation | error | allowed |", "| --- | --- | ---: | ---: |"], True
-    for call in chosen:
-        for name in implementations(call.operation):
-            if name not in _default_implementations(given):
-                continue
-            try:
-                found, problem = error(call, name), None
-            except Exception as failure:  # one call that fails must not take the others with it
-                found, problem = float("inf"), (str(failure).strip().splitlines() or [type(failure).__name__])[0][:300]
-            good &= found <= call.spec.tolerance
-            rows.append({"call": str(call), "implementation": name, "error": found, "problem": problem})
-            note = "" if found <= call.spec.tolerance else f" **wrong** {problem or ''}"
-            lines.append(f"| {call} | {name} | {found:.2e}{note} | {call.spec.tolerance:.0e} |")
-            _write("\n".join(lines) + "\n", out)
-    _print("\n".join(lines) + "\n", rows, json)
-    if not good:
+    from kvx.eval.kernel_bench import tables
+    from kvx.eval.kernel_bench.numerics import check
+
+    found = []
+    for each in check(chosen, _default_implementations(given)):
+        found.append(each)
+        _write(tables.checked(found), out)
+    _print(tables.checked(found), [asdict(each) for each in found], json)
+    if not all(each.good for each in found):
         raise typer.Exit(1)
 
 
