@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.merge_partials import Partial, merge_partials
+
+attend = jax.jit(decode_attention, static_argnames="scale")
+probabilities = jax.jit(decode_probabilities, static_argnames="scale")
 
 
 def operands(slots: int, seed: int):
@@ -25,17 +29,17 @@ def operands(slots: int, seed: int):
 @given(st.integers(1, 30), st.lists(st.integers(0, 30), max_size=3), st.integers(0, 1000))
 def test_parts_merge_to_the_whole(slots, cuts, seed):
     query, keys, values, spot, places = operands(slots, seed)
-    whole = decode_attention(query, keys, values, spot, places, scale=0.5)
+    whole = attend(query, keys, values, spot, places, scale=0.5)
     edges = [0, *sorted(min(cut, slots) for cut in cuts), slots]
     parts = [
-        decode_attention(query, keys[:, :, a:b], values[:, :, a:b], spot, places[..., a:b], scale=0.5)
+        attend(query, keys[:, :, a:b], values[:, :, a:b], spot, places[..., a:b], scale=0.5)
         for a, b in pairwise(edges)
         if b > a
     ]
     merged = merge_partials(*parts)
     np.testing.assert_allclose(np.asarray(merged.out), np.asarray(whole.out), atol=2e-6)
     np.testing.assert_allclose(np.asarray(merged.lse), np.asarray(whole.lse), atol=2e-6)
-    chances = decode_probabilities(query, keys, spot, places, whole.lse, scale=0.5)
+    chances = probabilities(query, keys, spot, places, whole.lse, scale=0.5)
     some = np.asarray(jnp.any(places >= 0, axis=-1), np.float32)
     np.testing.assert_allclose(
         np.asarray(chances.sum(-1))[..., 0], np.broadcast_to(some[..., None], (2, 2, 3)), atol=1e-5
