@@ -4,7 +4,7 @@ A new policy joins by a row here; a test fails until it has one. A row names wha
 reason, instead of the tests branching on names.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 
 import jax
@@ -206,9 +206,12 @@ LATENT = {"latent_codes"}
 """Methods for latent attention, which the tiny model here does not have: `test_latent_contracts.py` has their cases."""
 
 QUICK = {*names(), "snapkv+kivi", "h2o+kivi"}
-"""What `make test` runs; variants of a method and the other chains run with the slower tests."""
+"""Whose identity with the full cache `make test` checks; variants and other chains run with the slower tests."""
+
+KINDS = {"full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "adakv", "kivi", "quest", "roco"}
+"""One for each kind of store and schedule: `make test` checks the other contracts on these, the slower tests on all."""
 
 
-def parameters(chosen: Iterable[str] = CASES) -> list:
+def parameters(chosen: Iterable[str] = CASES, quick: Container[str] = KINDS) -> list:
     """Names of cases, as a test's parameters."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in chosen]
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in chosen]

@@ -63,9 +63,12 @@ POLICIES = (
     "tidaldecode(budget=32, layers=(0,))",
     "tidaldecode(budget=32, layers=(0,), group='mean')",
 )
+QUICK = {"full", "h2o(budget=320)", "adakv(budget=320)", "quest(budget=64)", "kivi(bits=4, group=32)", "paged"}
 
 
-@pytest.mark.parametrize("text", POLICIES)
+@pytest.mark.parametrize(
+    "text", [text if text in QUICK else pytest.param(text, marks=pytest.mark.slow) for text in POLICIES]
+)
 def test_the_decode_loop_copies_no_cache_sized_array(model, text):
     """While the loop runs: what it may copy once before and after does not count, since donation is the caller's."""
     assert copies_of_a_step(model, text) == 0

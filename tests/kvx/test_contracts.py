@@ -8,7 +8,7 @@ import pytest
 import kvx
 from kvx.cache import ENDLESS
 from tests import tiny
-from tests.kvx.contract_cases import CASES, LATENT, parameters
+from tests.kvx.contract_cases import CASES, LATENT, QUICK, parameters
 
 STEPS = 24
 LENGTHS = (110, 40, 71)
@@ -43,7 +43,7 @@ def test_every_registered_method_has_a_case():
     assert set(kvx.policies.names()) <= used | LATENT
 
 
-@pytest.mark.parametrize("name", parameters())
+@pytest.mark.parametrize("name", parameters(quick=QUICK))
 def test_a_budget_that_holds_every_token_is_the_full_cache(model, name):
     """Also in a batch with a row below its budget and one above: only the second may differ."""
     tokens, lengths = tiny.prompts(*LENGTHS)

@@ -86,12 +86,14 @@ def spec(array):
 
 # The arrays of the first are trained, the second is for latent attention: each has a test of its own.
 NAMES = [name for name in kvx.policies.names() if name not in {"less", *LATENT}]
+QUICK = {"full", "h2o", "snapkv", "pyramidkv", "quest"}
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *(SMALL.get(name, f"{name}()") for name in NAMES),
+        *(SMALL.get(name, f"{name}()") for name in NAMES if name in QUICK),
+        *(pytest.param(SMALL.get(name, f"{name}()"), marks=pytest.mark.slow) for name in NAMES if name not in QUICK),
         *(pytest.param(text, marks=pytest.mark.slow) for text in CHAINS),
     ],
 )
