@@ -14,8 +14,10 @@ demo: $(VENV)/kvx
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not peer"
 
+# Only one process on a machine may hold the TPU compiler, so what needs it runs alone.
 slow: $(VENV)/aot
-	$(BIN)/python -m pytest -m "slow and not peer"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not peer and not aot and not notebook and not long"
+	$(BIN)/python -m pytest -m "slow and aot and not peer and not long"
 
 peers: $(VENV)/peers
 	$(BIN)/python -m pytest -m peer

@@ -47,7 +47,7 @@ def plain(policy):
     return run(kvx.generate, policy)
 
 
-@pytest.mark.parametrize("gamma", [0, 1, 3, 5, 12])
+@pytest.mark.parametrize("gamma", [0, 5, *(pytest.param(gamma, marks=pytest.mark.slow) for gamma in (1, 3, 12))])
 def test_greedy_tokens_are_those_of_the_target_alone(gamma):
     """The same codes at every position, on whichever side of a block's boundary a round ends."""
     drafted, alone = run(speculate, nested(gamma), gamma=gamma), plain(nested(gamma))
@@ -178,7 +178,9 @@ DRAFTERS = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [rule if rule == next(iter(RULES)) else pytest.param(rule, marks=pytest.mark.slow) for rule in RULES]
+)
 @pytest.mark.parametrize("name", ["narrow", pytest.param("another model", marks=pytest.mark.slow)])
 def test_sampled_texts_have_the_joint_law_of_the_target(name, rule):
     """Three tokens of 8192 seeds: the first from the prompt, the others drafted, corrected or bonus."""

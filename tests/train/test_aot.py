@@ -35,6 +35,7 @@ def job(**mesh):
 
 @pytest.mark.slow
 @pytest.mark.aot
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install kvx[aot]")
 def test_the_step_of_xecomla_llama32_1b_compiles_for_256_chips_and_fits():
     """In a process of its own: libtpu allows one holder on a machine."""

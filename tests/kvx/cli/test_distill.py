@@ -157,6 +157,7 @@ def test_a_job_trains_resumes_and_saves_what_kvx_loads(folder, capsys):
 
 @pytest.mark.slow
 @pytest.mark.aot
+@pytest.mark.long
 def test_a_job_for_a_pod_compiles_from_the_command_line():
     """The TPU compiler reads the repository's own job; no weights are there. Needs libtpu."""
     pytest.importorskip("libtpu")
