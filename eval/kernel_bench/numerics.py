@@ -54,6 +54,12 @@ def check(calls: Sequence[Call], chosen: tuple[str, ...], seed: int = 0) -> Iter
                 yield Checked(str(call), name, error, call.spec.tolerance, problem and problem[:300])
 
 
+def error(call: Call, implementation: str, seed: int = 0) -> float:
+    """`Checked.error` of one implementation on one call."""
+    arrays = call.spec.arrays(seed)
+    return _error(_compiled(call, "reference")(arrays), _compiled(call, implementation)(arrays))
+
+
 def _compiled(call: Call, implementation: str) -> Any:
     precision = "highest" if implementation == "reference" else None
     with jax.default_matmul_precision(precision):
