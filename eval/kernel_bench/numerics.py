@@ -54,16 +54,16 @@ def check(calls: Sequence[Call], chosen: tuple[str, ...], seed: int = 0) -> Iter
                 yield Checked(str(call), name, error, call.spec.tolerance, problem and problem[:300])
 
 
-def error(call: Call, implementation: str, seed: int = 0) -> float:
-    """`Checked.error` of one implementation on one call."""
+def error(call: Call, implementation: str, seed: int = 0, **more: Any) -> float:
+    """`Checked.error` of one implementation on one call, with more arguments of its own such as `tuning`."""
     arrays = call.spec.arrays(seed)
-    return _error(_compiled(call, "reference")(arrays), _compiled(call, implementation)(arrays))
+    return _error(_compiled(call, "reference")(arrays), _compiled(call, implementation, **more)(arrays))
 
 
-def _compiled(call: Call, implementation: str) -> Any:
+def _compiled(call: Call, implementation: str, **more: Any) -> Any:
     precision = "highest" if implementation == "reference" else None
     with jax.default_matmul_precision(precision):
-        return jax.jit(call.bound(implementation)).lower(call.spec.abstract()).compile()
+        return jax.jit(call.bound(implementation, **more)).lower(call.spec.abstract()).compile()
 
 
 def _error(wanted: Any, found: Any) -> float:
