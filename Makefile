@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test peers slow notebook bench lint types wheel clean
+.PHONY: demo test peers slow slower notebook bench lint types wheel clean
 
 demo: $(VENV)/kvx
 	$(BIN)/kvx fetch smollm2-135m-instruct
@@ -15,9 +15,18 @@ test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not peer"
 
 # Only one process on a machine may hold the TPU compiler, so what needs it runs alone.
+SLOW := tests/kvx tests/models tests/eval tests/test_wheel.py \
+	--ignore=tests/kvx/test_latent_contracts.py --ignore=tests/kvx/cli/test_distill.py
+SLOWER := tests/kernels tests/train tests/kvx/test_latent_contracts.py tests/kvx/cli/test_distill.py
+
 slow: $(VENV)/aot
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not peer and not aot and not notebook and not long"
-	$(BIN)/python -m pytest -m "slow and aot and not peer and not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not peer and not aot and not long" $(SLOW)
+	$(BIN)/python -m pytest -m "slow and aot and not peer and not long" $(SLOW)
+
+# Kernels under interpreters and the TPU compiler, training in several processes: beyond what .ci/run has time for.
+slower: $(VENV)/aot
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not peer and not aot and not long" $(SLOWER)
+	$(BIN)/python -m pytest -m "slow and aot and not peer" $(SLOWER)
 
 peers: $(VENV)/peers
 	$(BIN)/python -m pytest -m peer
