@@ -47,7 +47,9 @@ class HeldOut:
 
     @cached_property
     def _guide(self) -> Any:
-        return jax.jit(lambda arrays, batch: self._sums(self._step.teacher, arrays, batch))
+        frame = self._step.teacher
+        assert frame is not None, "a teacher is judged only in a stage that has one"
+        return jax.jit(lambda arrays, batch: self._sums(frame, arrays, batch))
 
     def _sums(self, frame: Frame, arrays: Arrays, batch: Any) -> tuple[Any, Any]:
         mean, count = text_loss(self._step.model(frame, arrays), batch, self._step.placement)

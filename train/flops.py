@@ -5,6 +5,8 @@ operations for every weight and token in a forward pass, as many again for the g
 of weights which train. What is computed twice to save memory does not count.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,7 +28,7 @@ PEAK = {
 """Dense bfloat16 operations per second and chip, by the beginning of its name in JAX (vendors' data sheets)."""
 
 
-def peak(device: jax.Device) -> float | None:
+def peak(device: jax.Device) -> float | None:  # type: ignore[valid-type] # jaxlib has no stubs
     """Of one chip; None where no one publishes it, as for a CPU."""
     kinds = [kind for kind in PEAK if device.device_kind.startswith(kind)]
     return PEAK[max(kinds, key=len)] if kinds else None
@@ -60,6 +62,6 @@ def training_flops(student: Decoder, trained: float, teacher: Decoder | None, le
     return step + (0.0 if teacher is None else forward_flops(teacher, length)[0])
 
 
-def _matrices(module: nnx.Module) -> int:
-    leaves = jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, nnx.Variable))
+def _matrices(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
     return sum(leaf.get_value().size for leaf in leaves if isinstance(leaf, nnx.Param) and leaf.get_value().ndim > 1)

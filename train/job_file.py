@@ -154,13 +154,17 @@ def _override(table: dict[str, Any], text: str) -> None:
         if isinstance(here, list):
             if not step.isdecimal() or int(step) >= len(here):
                 raise BadInput(f"override {text!r}: {step!r} is no index of a list; allowed: 0 to {len(here) - 1}")
-            step = int(step)
-        elif not isinstance(here, dict):
-            raise BadInput(f"override {text!r}: {'.'.join(steps[:depth])!r} is no table; allowed: a table's key")
-        if last:
-            here[step] = _literal(value.strip())
+            if last:
+                here[int(step)] = _literal(value.strip())
+            else:
+                here = here[int(step)]
+        elif isinstance(here, dict):
+            if last:
+                here[step] = _literal(value.strip())
+            else:
+                here = here.setdefault(step, {})
         else:
-            here = here[step] if isinstance(here, list) else here.setdefault(step, {})
+            raise BadInput(f"override {text!r}: {'.'.join(steps[:depth])!r} is no table; allowed: a table's key")
 
 
 def _literal(text: str) -> Any:

@@ -72,7 +72,8 @@ class Distillation:
                 for part in RELATED
             ]
             terms["relation"] = sum(related[1:], related[0])
-        total = sum((getattr(self.loss, name) * term for name, term in terms.items()), jnp.float32(0))
+        weighted: list[Array] = [getattr(self.loss, name) * term for name, term in terms.items()]
+        total = sum(weighted, jnp.float32(0))
         return total, jnp.sum(counted, dtype=jnp.float32), terms
 
     def _run(self, model: Decoder, batch: Any, remat: bool) -> Pass:
@@ -101,8 +102,8 @@ class Preference:
     ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]:
         """See `kvx.train.step.Objective`."""
         assert teacher is not None, "preferences are learned against a reference"
-        policy = [self._answer(student, texts, self.remat) for texts in (batch.chosen, batch.rejected)]
-        reference = [self._answer(teacher, texts, False) for texts in (batch.chosen, batch.rejected)]
+        policy = self._answer(student, batch.chosen, self.remat), self._answer(student, batch.rejected, self.remat)
+        reference = self._answer(teacher, batch.chosen, False), self._answer(teacher, batch.rejected, False)
         losses, margins = dpo_loss(*policy, *reference, self.loss.beta)
         right = jnp.mean((margins > 0).astype(jnp.float32))
         pairs = jnp.float32(losses.shape[0])

@@ -1,12 +1,13 @@
 """The optimizer of a stage: AdamW under a schedule, gradients clipped by their global norm."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from kvx.mesh import Placement
 from kvx.train.job import StageSection
@@ -17,7 +18,7 @@ def steps_of(amount: float | int, total: int) -> int:
     return amount if isinstance(amount, int) else round(amount * total)
 
 
-def schedule(stage: StageSection, total: int) -> optax.Schedule:
+def schedule(stage: StageSection, total: int) -> Callable[[ArrayLike], Float[Array, ""]]:
     """The learning rate of step i, counted from 0.
 
     It grows linearly over the w steps of the warmup, (i + 1) / w of the peak, so that no step is without effect. Then,
@@ -29,7 +30,7 @@ def schedule(stage: StageSection, total: int) -> optax.Schedule:
     """
     warmup, decay = steps_of(stage.warmup, total), steps_of(stage.decay, total)
 
-    def rate(count: Int[Array, ""] | int) -> Float[Array, ""]:
+    def rate(count: ArrayLike) -> Float[Array, ""]:
         step = jnp.asarray(count, jnp.float32)
         after = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
         last = jnp.clip((step - (total - decay)) / max(decay, 1), 0.0, 1.0)

@@ -26,7 +26,7 @@ def model_shapes(job: Job) -> tuple[Model, Model]:
     source = abstract_model(config, jnp.bfloat16)
     chosen = range(len(source.blocks)) if job.convert.layers == "all" else job.convert.layers
     layers = {} if job.convert.recipe == "none" else {i: _latent(job.convert, source.blocks[i].spec) for i in chosen}
-    student = abstract_model(config | {SECTION: section(layers)}, jnp.bfloat16)
+    student = abstract_model({**config, SECTION: section(layers)}, jnp.bfloat16)
     if job.teacher.model is None:
         return student, abstract_model(config, jnp.dtype(job.teacher.dtype))
     return student, abstract_model(model_config(job.teacher.model, job.teacher.shapes), jnp.dtype(job.teacher.dtype))

@@ -124,7 +124,8 @@ class Step:
             array = np.asarray(array)
             first, shape = share * len(array), (shares * len(array), *array.shape[1:])
 
-            def part(index: tuple[slice, ...]) -> np.ndarray:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None, "an array that has rows is asked for by them"
                 start, stop, _ = index[0].indices(shape[0])
                 return array[start - first : stop - first, *index[1:]]
 
@@ -159,7 +160,7 @@ class Step:
         gradients, measures = self.gradients(state.trained, frozen, teacher, batch)
         changes, inner = optimizer(self.stage, self.total).update(gradients, state.optimizer, state.trained)
         trained: Any = optax.apply_updates(state.trained, changes)
-        average = state.average
+        average: Any = state.average
         if average is not None and self.stage.ema is not None:
             average = optax.incremental_update(trained, average, 1 - self.stage.ema)
         measures["gradient_norm"] = optax.tree.norm(gradients)

@@ -55,7 +55,7 @@ def assemble(
         blocks=len(split.rotary_key),
         content=content.shape[1],
         value=value.shape[1],
-        query_rank=None if direct else len(queries.down),
+        query_rank=None if queries.down is None else len(queries.down),
         latent_norm=norm is not None,
         scale=source.scale,
         bias=bool(np.any(queries.offset) or np.any(rows[:, -1])),

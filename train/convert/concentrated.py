@@ -6,7 +6,6 @@ needs rotation into few components that all heads share; the others go on unrota
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Complex, Float, Int
@@ -108,7 +107,7 @@ class Concentrated:
 
     rotary: int
     fold: int = 1
-    reads_text: ClassVar[bool] = True
+    reads_text = True
 
     def __call__(self, source: Source, moments: Moments | None) -> RotarySplit:
         """Raises BadInput for widths that do not go up evenly."""
@@ -157,7 +156,7 @@ class Unsteady:
     rotary: int
     fade: bool = True
     attended: bool = True
-    reads_text: ClassVar[bool] = True
+    reads_text = True
 
     def __call__(self, source: Source, moments: Moments | None) -> RotarySplit:
         """Raises BadInput for a width that the heads do not have."""

@@ -105,12 +105,12 @@ def chosen_layers(layers: Any, count: int) -> tuple[int, ...]:
 def _report(
     text: str, model: Model, layers: tuple[int, ...], latent: list[LatentWeights], factors: list[Factors]
 ) -> Report:
-    done = {layer: each for layer, *each in zip(layers, latent, factors, strict=True)}
+    done = {layer: (one.config, each.kept) for layer, one, each in zip(layers, latent, factors, strict=True)}
     lines = []
     for layer, block in enumerate(model.blocks):
         before = cached_elements(model, layer)
         if layer in done:
-            config, kept = done[layer][0].config, done[layer][1].kept
+            config, kept = done[layer]
             lines.append(Converted(layer, "latent", config.rank, config.rotary, kept, before, config.cached))
         else:
             lines.append(Converted(layer, "kept", None, block.rotary.width, 1.0, before, before))

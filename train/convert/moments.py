@@ -10,12 +10,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 from rich.console import Console
 
-from kvx.decoder import Block, Decoder
 from kvx.errors import BadInput
 from kvx.inputs import checked_prompt
 from kvx.kernels.decode_attention import slot_logits
 from kvx.kernels.logits import softmax_rows
 from kvx.loop import attend, project
+from kvx.models.block import DecoderBlock
+from kvx.models.build import Model
 from kvx.policies import full
 from kvx.prefill import embed
 from kvx.progress import Steps
@@ -48,7 +49,7 @@ class Moments:
 
 
 def measure_moments(
-    model: Decoder, batches: Iterable[ArrayLike], *, console: Console | None = None
+    model: Model, batches: Iterable[ArrayLike], *, console: Console | None = None
 ) -> tuple[Moments, ...]:
     """Moments of every layer's attention over some texts, in one pass of the model over each batch.
 
@@ -85,7 +86,7 @@ def measure_moments(
 
 @jax.jit
 def _sums(
-    block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"]
+    block: DecoderBlock, x: Float[Array, "B T E"], positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "X X"], Float[Array, "X X"], Float[Array, "H P"], Float[Array, "G P"], Float[Array, "H T"]]:
     """Sums over a batch's tokens, in the order of `Moments`; row by row for the T x T maps."""
     query, tokens = project(block, x, positions)
@@ -100,8 +101,8 @@ def _sums(
     received, distances = jax.lax.map(look, (query.rotated, tokens.rotated_keys, positions, tokens.positions))
     inputs = block.attention_norm(x).astype(jnp.float32)
     inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
-    second = [_second_moments(inputs, weights) for weights in (jnp.ones_like(received), received)]
-    return *second, _pair_norms(queries), _pair_norms(tokens.raw_keys), jnp.sum(distances, axis=0)
+    every, attended = _second_moments(inputs, jnp.ones_like(received)), _second_moments(inputs, received)
+    return every, attended, _pair_norms(queries), _pair_norms(tokens.raw_keys), jnp.sum(distances, axis=0)
 
 
 def _second_moments(x: Float[Array, "B T X"], weights: Float[Array, "B T"]) -> Float[Array, "X X"]:

@@ -1,7 +1,7 @@
 """The query's side of a converted layer: one matrix as it was, or a query latent by SVD of the weights."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -31,7 +31,7 @@ class QueryRule(Protocol):
 class Direct:
     """No query latent: one matrix."""
 
-    reads_text: ClassVar[bool] = False
+    reads_text = False
 
     def __call__(self, rows: list[Float[np.ndarray, "H K X"]], moments: list[Moments | None]) -> list[Queries]:
         """The rows as they are."""

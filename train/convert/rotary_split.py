@@ -12,7 +12,7 @@ values follow. Nothing is compressed yet: apart from rotations that are left out
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Complex, Float, Int
@@ -146,7 +146,7 @@ class SharedMean:
     """
 
     rotary: int
-    reads_text: ClassVar[bool] = False
+    reads_text = False
 
     def __call__(self, source: Source, moments: Moments | None = None) -> RotarySplit:
         """Raises BadInput for a width that the heads do not have."""

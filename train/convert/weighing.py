@@ -1,7 +1,6 @@
 """Which errors of keys and values count, and how much: the metrics of the factorisation."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from kvx.train.convert.source import Source
 class ByWeights:
     """Every entry of the matrices alike; biases stay outside the latent (X-EcoMLA, MHA2MLA)."""
 
-    reads_text: ClassVar[bool] = False
+    reads_text = False
 
     def __call__(self, source: Source, split: RotarySplit, moments: Moments | None = None) -> Metric:
         """No text is looked at."""
@@ -38,7 +37,7 @@ class ByActivations:
 
     balanced: bool = True
     alpha: float = 1.0
-    reads_text: ClassVar[bool] = True
+    reads_text = True
 
     def __call__(self, source: Source, split: RotarySplit, moments: Moments | None) -> Metric:
         """Raises BadInput without moments."""
@@ -67,7 +66,7 @@ class ByEffect:
 
     centred: bool = True
     attended: bool = True
-    reads_text: ClassVar[bool] = True
+    reads_text = True
 
     def __call__(self, source: Source, split: RotarySplit, moments: Moments | None) -> Metric:
         """Raises BadInput without moments."""

@@ -109,7 +109,7 @@ def field_of(where: str, row: Any, field: str) -> Record:
 def _read(path: Path, field: str, end: int | None, dtype: str) -> Sequence[Record]:
     if str(path) in PYTHON_DOCS:
         found = prose()
-        halves = dict(zip(PYTHON_DOCS, (found.haystack, found.held_out), strict=True))
+        halves: dict[str, tuple[str, ...]] = dict(zip(PYTHON_DOCS, (found.haystack, found.held_out), strict=True))
         return ["\n\n".join(halves[str(path)])]
     kind = suffix(path)
     if kind in LINES:

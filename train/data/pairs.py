@@ -72,7 +72,7 @@ def pair_batches(
     def mine(rows: dict[str, np.ndarray]) -> Pairs:
         part = {name: array[share * size : (share + 1) * size] for name, array in rows.items()}
         chosen, rejected = (
-            Batch(*(part[f"{side}_{field}"] for field in ("tokens", "segments", "positions", "mask")))
+            Batch(part[f"{side}_tokens"], part[f"{side}_segments"], part[f"{side}_positions"], part[f"{side}_mask"])
             for side in FIELDS[1:]
         )
         return Pairs(chosen, rejected)
