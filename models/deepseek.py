@@ -145,6 +145,7 @@ class DeepseekTensors:
         rows = placed.reshape(-1, heads.shape[-1])
         if not c.query_norm:
             return {"q_proj.weight": rows if c.query_rank is None else rows @ wide["q_a_proj.weight"]}
+        assert c.query_rank is not None, "the norm is on the query's latent"
         made = {name: wide[name] for name in ("q_a_proj.weight", "q_a_layernorm.weight")} | {"q_b_proj.weight": rows}
         return made | ({"q_a_proj.bias": np.zeros(c.query_rank)} if self.biased else {})
 

@@ -138,12 +138,11 @@ class LatentAttention(nnx.Module):
         self.spec = AttentionSpec(c.heads, 1, c.cached, c.rank, c.scale, window, softcap, latent=True)
         self.frequencies = RotaryConstant(jnp.asarray(frequencies, jnp.float32))
         self.magnitude = magnitude
-        heads = (c.heads, c.key)
-        straight = c.query_rank is None
-        self.q = Linear(width, heads, ("embed", "heads", None), dtype, c.bias) if straight else None
-        self.q_a = None if straight else Linear(width, (c.query_rank,), ("embed", None), dtype)
-        self.q_norm = RMSNorm(c.query_rank, EPSILON, dtype) if c.query_norm else None
-        self.q_b = None if straight else Linear(c.query_rank, heads, (None, "heads", None), dtype, c.bias)
+        heads, query_rank = (c.heads, c.key), c.query_rank
+        self.q = Linear(width, heads, ("embed", "heads", None), dtype, c.bias) if query_rank is None else None
+        self.q_a = None if query_rank is None else Linear(width, (query_rank,), ("embed", None), dtype)
+        self.q_norm = RMSNorm(query_rank, EPSILON, dtype) if c.query_norm and query_rank is not None else None
+        self.q_b = None if query_rank is None else Linear(query_rank, heads, (None, "heads", None), dtype, c.bias)
         self.kv_a = Linear(width, (c.rank + c.rotary,), ("embed", None), dtype, c.bias)
         self.kv_norm = RMSNorm(c.rank, EPSILON, dtype) if c.latent_norm else None
         self.kv_b = Linear(c.rank, (c.heads, c.content + c.value), (None, "heads", None), dtype)

@@ -91,8 +91,9 @@ def _compile(call: Call, chip: str, sharding: jax.sharding.Sharding, implementat
     except Exception as error:  # whatever the compiler says is the result
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Compiled(name, call.spec.name, chip, True, size, problem=lines[0][:300])
-    text = compiled.as_text()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None, "the TPU compiler tells both"
+    temporary = memory.temp_size_in_bytes
     scoped = max((int(found) for found in _SCOPED.findall(text)), default=0)
     allowed = max(SMALL, ALLOWED * size)
     moved = tuple((kind, amount) for kind, amount in _moves(text) if amount > allowed)

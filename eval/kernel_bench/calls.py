@@ -1,6 +1,6 @@
 """Every operation's calls: the function, its implementations, and the shapes of its lists."""
 
-import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

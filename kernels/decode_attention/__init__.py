@@ -2,7 +2,7 @@
 
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,6 +17,46 @@ from kvx.kernels.quantize_pack.coded import ChannelCodes
 
 NAMES = ("reference", "xla", "mosaic_tpu", "triton")
 """Implementations: one file each, loaded when it is first asked for."""
+
+
+@overload
+def decode_attention(
+    queries: Float[Array, "B G R T D"],
+    keys: Float[Array, "B G C D"] | Operand,
+    values: Float[Array, "B G C V"] | Operand,
+    query_positions: Int[Array, "B T"] | None = None,
+    key_positions: Int[Array, "B G C"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    lengths: Int[Array, "B G"] | None = None,
+    bias: Float[Array, "B G C"] | None = None,
+    tail: Tail | None = None,
+    probabilities: Literal[False] = False,
+    implementation: str | None = None,
+    tuning: Any = None,
+) -> Partial: ...
+
+
+@overload
+def decode_attention(
+    queries: Float[Array, "B G R T D"],
+    keys: Float[Array, "B G C D"] | Operand,
+    values: Float[Array, "B G C V"] | Operand,
+    query_positions: Int[Array, "B T"] | None = None,
+    key_positions: Int[Array, "B G C"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    lengths: Int[Array, "B G"] | None = None,
+    bias: Float[Array, "B G C"] | None = None,
+    tail: Tail | None = None,
+    probabilities: Literal[True],
+    implementation: str | None = None,
+    tuning: Any = None,
+) -> tuple[Partial, Float[Array, "B G R T N"]]: ...
 
 
 def decode_attention(

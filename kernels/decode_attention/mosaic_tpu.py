@@ -177,6 +177,7 @@ def _inputs(call: Call, share: int, block: int) -> tuple[dict[str, Any], dict[st
 
 def _heads_within(call: Call) -> bool:
     """Whether XLA lays a tail with the heads inside its entries, because the entries do not fill whole tiles."""
+    assert call.tail is not None, "asked for where there is one"
     entries, heads = call.tail.keys.shape[2], call.queries.shape[1]
     return entries % SUBLANES != 0 and heads % SUBLANES == 0
 

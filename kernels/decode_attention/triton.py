@@ -99,6 +99,7 @@ def attend(call: Call, tuning: Tuning | None = None) -> Found:
     if isinstance(call.keys, ChannelCodes):
         tuning = replace(tuning, block=min(tuning.block, call.keys.group))
     splits = tuning.splits
+    assert splits is not None, "the default names a number"
     batch, heads, rows, _ = call.queries.shape
     slots, width = call.keys.slots, call.values.width
     inputs, specs = _inputs(call)

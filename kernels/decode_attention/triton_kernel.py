@@ -100,7 +100,7 @@ def kernel(refs: dict[str, Any], outs: dict[str, Any], *, call: Facts) -> None:
         places = load(refs["slots"], (pl.ds(start, block),), there, -1) if "slots" in refs else None
         scores = jnp.where(_seen(spots, places, inside, call.window, scores.shape), scores, -jnp.inf)
         if "logits" in outs:
-            shown = real[:, None] & (inside[None, :] if bounded else jnp.full((1, block), True))
+            shown = real[:, None] & (jnp.full((1, block), True) if inside is None else inside[None, :])
             plgpu.store(outs["logits"].at[row, pl.ds(start, block)], scores, mask=shown)
         weigh = _scale(refs["values_scale"], start, block, there) if "values_scale" in refs else None
         values = tiles("values", refs, call.values, start, block, there, call.dtype, call.packed)
@@ -167,6 +167,7 @@ def _products(queries, tiles):
     for rows, (tile, turned) in zip(queries, tiles, strict=True):
         product = dot(rows, tile, not turned)
         scores = product if scores is None else scores + product
+    assert scores is not None, "an operand has one plane or more"
     return scores
 
 

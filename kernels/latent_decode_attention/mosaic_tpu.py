@@ -76,7 +76,8 @@ def latent_decode_attention(
 ) -> Partial:
     """See `kvx.kernels.latent_decode_attention.latent_decode_attention`."""
     batch, length, heads, dim = queries.shape
-    slots, coded = capacity(rows, slots_last), isinstance(rows, CodedRows)
+    slots = capacity(rows, slots_last)
+    coded = isinstance(rows, CodedRows)
     matrix, spots = _query_rows(queries, query_positions)
     row_block = min(matrix.shape[1], QUERY_ROWS)
     block = _slot_block(rows, slots, row_block, tuning)
@@ -207,9 +208,10 @@ def _kernel(
         inside = index < slots if slots % block else None
         asked = [ref[...] for ref in queries]
         if len(held) == 1:
-            scores, mix = _plain(*asked, held[0][...], inside, slots_last)
+            scores, mix = _plain(asked[0], held[0][...], inside, slots_last)
         else:
-            scores, mix = _coded(*asked, *(ref[...] for ref in held), inside)
+            rotary, words, ranges = (ref[...] for ref in held)
+            scores, mix = _coded(asked[0], asked[1], rotary, words, ranges, inside)
         scores = scale * scores
         scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
         scores = scores if bias_ref is None else scores + bias_ref[...]

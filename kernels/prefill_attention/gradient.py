@@ -77,7 +77,8 @@ def _backward(call: Call, pullback: Pullback, cotangents: Any) -> tuple[Array, A
         if not isinstance(cotangent, SymbolicZero):
             raise ValueError(f"{column} is differentiated, but only output and log-sum-exp of prefill attention can be")
     if isinstance(out, SymbolicZero):
-        out = jnp.zeros(out.shape, out.dtype)
+        # The library types no attribute that a SymbolicZero hands on from its shape and dtype.
+        out = jnp.zeros(out.shape, out.dtype)  # type: ignore[reportArgumentType]
     return (*pullback(out, None if isinstance(lse, SymbolicZero) else lse), None)
 
 

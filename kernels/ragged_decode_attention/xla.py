@@ -46,8 +46,11 @@ def attend_runs(
         held = offset < lengths
         slots = 0 if key_positions is None else jnp.take_along_axis(key_positions, index, axis=1)
         slots = jnp.where(held, slots, -1)[:, None]
-        some = (jnp.take_along_axis(each, index[..., None], axis=1)[:, None] for each in (keys, values))
-        return merge_partials(part, decode_attention(queries, *some, query_positions, slots, **masking))
+        some_keys, some_values = (
+            jnp.take_along_axis(each, index[..., None], axis=1)[:, None] for each in (keys, values)
+        )
+        some = decode_attention(queries, some_keys, some_values, query_positions, slots, **masking)
+        return merge_partials(part, some)
 
     turns = (jnp.max(lengths, initial=0) + BLOCK - 1) // BLOCK
     return jax.lax.fori_loop(0, turns, turn, _nothing(queries, values))
@@ -104,8 +107,11 @@ def attend_pages(
         slots = jnp.zeros(shape, jnp.int32) if key_positions is None else key_positions[pages].reshape(shape)
         slots = jnp.where(place < lengths[..., None], slots, -1)
         # Zeros where there is no token, since 0 * nan would be nan.
-        some = (jnp.where((slots >= 0)[..., None], each[pages].reshape(*shape, -1), 0) for each in (keys, values))
-        return merge_partials(part, decode_attention(queries, *some, query_positions, slots, **masking))
+        some_keys, some_values = (
+            jnp.where((slots >= 0)[..., None], each[pages].reshape(*shape, -1), 0) for each in (keys, values)
+        )
+        some = decode_attention(queries, some_keys, some_values, query_positions, slots, **masking)
+        return merge_partials(part, some)
 
     width = per_turn * page
     turns = (jnp.max(lengths, initial=0) + width - 1) // width

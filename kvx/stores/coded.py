@@ -155,5 +155,7 @@ def _decoded(rows: TokenCodes | Rows) -> Float[Array, "B G C D"]:
 def _write(rows: TokenCodes | Rows, slot: Int[Array, "B G"], new: TokenCodes | Rows) -> TokenCodes | Rows:
     """One slot a head overwritten."""
     if isinstance(rows, Rows):
+        assert isinstance(new, Rows), "one code wrote both"
         return Rows(write_slot(rows.array, slot, new.array[:, :, 0]))
+    assert isinstance(new, TokenCodes), "one code wrote both"
     return write_slots(rows, slot[..., None], new)
