@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from kvx.kernels.decode_attention.operands import Rows
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 
-NEW_ENOUGH = tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
 ON_GPU = jax.default_backend() == "gpu"
 
 
@@ -240,23 +238,13 @@ def test_an_old_jax_is_refused_on_gpus():
 @pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas on GPUs needs jax 0.11")
 @pytest.mark.parametrize("spec", [*NUMERIC, *(s for s in AOT if " b8 " in s.name)], ids=str)
 def test_triton_lowers_for_cuda(spec):
-    lowered(spec)
-    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-
-    def run(arrays):
-        return decode_attention(**arrays, **spec.options, implementation="triton")
-
-    abstract = spec.abstract()
-    mesh = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
-    with use_abstract_mesh(mesh), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Pallas' own, of its Triton backend
-        text = jax.jit(run).trace(abstract).lower(lowering_platforms=("cuda",)).as_text()
-    assert "triton" in text
+    assert "triton" in cuda_text(decode_attention, spec)
 
 
 COMPILE = """
 from kvx.eval.kernel_bench.ahead_of_time import compile_calls
 from kvx.eval.kernel_bench.calls import calls
+from tests.kernels.lowering import NEW_ENOUGH, cuda_text
 for found in compile_calls(list(calls("CI", ("decode_attention",)))):
     print("good" if found.good else f"bad {found}")
 """
