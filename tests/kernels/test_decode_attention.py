@@ -23,6 +23,7 @@ from kvx.kernels.decode_attention.arg_specs import AOT, CI, EXACT, NUMERIC, buil
 from kvx.kernels.decode_attention.operands import Rows
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
+from tests.kernels.lowering import NEW_ENOUGH, cuda_text
 
 ON_GPU = jax.default_backend() == "gpu"
 
