@@ -2,7 +2,7 @@
 
 Every operation's `arg_specs.py` holds three tuples of `ArgSpec`:
 NUMERIC, small enough for the float32 reference on a CPU (at most 2 GiB a case); AOT, shapes of real models, compiled
-for every chip; CI, the two of AOT that every test run compiles.
+for every chip; CI, the two of AOT that every test run compiles. A fourth, GPU, may hold those that a TPU does not take.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,9 @@
 """The layer loop: project, attend, compress, finish. Everything between a model's pure functions happens here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -254,65 +254,26 @@ def settle(model: Decoder, cache: KVCache, policy: Policy) -> KVCache:
     return replace(cache, storage=storage)
 
 
-@overload
 def forward(
     model: Decoder,
     tokens: Int[Array, "B T"],
     segments: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
-    *,
-    remat: bool | Callable[..., Any] = False,
-    hidden: Literal[False] = False,
-) -> Float[Array, "B T N"]: ...
+) -> Float[Array, "B T N"]:
+    """Plain causal pass without a cache, for perplexity: float32 logits after every token.
 
-
-@overload
-def forward(
-    model: Decoder,
-    tokens: Int[Array, "B T"],
-    segments: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "B T"] | None = None,
-    *,
-    remat: bool | Callable[..., Any] = False,
-    hidden: Literal[True],
-) -> tuple[Float[Array, "B T N"], list[Float[Array, "B T E"]]]: ...
-
-
-def forward(
-    model: Decoder,
-    tokens: Int[Array, "B T"],
-    segments: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "B T"] | None = None,
-    *,
-    remat: bool | Callable[..., Any] = False,
-    hidden: bool = False,
-) -> Float[Array, "B T N"] | tuple[Float[Array, "B T N"], list[Float[Array, "B T E"]]]:
-    """Plain causal pass without a cache, for training and perplexity.
+    `kvx.train.forward` computes the same for training.
 
     Args:
         segments: labels of packed documents, none of them `SHARED` (-1): a token attends to its own document only.
         positions: true positions, -1 for padding, which sees nothing; None: they restart with every document.
-        remat: gradients compute each block again instead of keeping what it made; or a policy of
-            `jax.checkpoint_policies`, which says what is kept.
-        hidden: also return the residual stream after every block.
-
-    Returns:
-        float32 logits after every token, and with `hidden` the list of the blocks' outputs.
     """
     if positions is None:
         positions = _restarting(tokens.shape, segments)
-
-    def through(block: Block, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        return attend(block, x, positions, segments=segments)[0]
-
-    if remat:
-        through = jax.checkpoint(through, policy=None if remat is True else remat)
-    x, outputs = model.embed(tokens), []
+    x = model.embed(tokens)
     for block in model.blocks:
-        x = through(block, x)
-        outputs.append(x)
-    logits = model.unembed(x)
-    return (logits, outputs) if hidden else logits
+        x, _, _ = attend(block, x, positions, segments=segments)
+    return model.unembed(x)
 
 
 def _restarting(shape: tuple[int, ...], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:

@@ -48,7 +48,7 @@ def calls(which: str, only: tuple[str, ...] = (), matching: tuple[str, ...] = ("
     """The calls of one list of every operation, or of some.
 
     Args:
-        which: "NUMERIC", "AOT" or "CI".
+        which: "NUMERIC", "AOT", "CI" or "GPU", which not every operation has.
         only: operations; none: all.
         matching: texts of which an entry's name contains one.
 
@@ -61,7 +61,7 @@ def calls(which: str, only: tuple[str, ...] = (), matching: tuple[str, ...] = ("
             raise unknown("operation", name, everything)
     for name in only or everything:
         package = importlib.import_module(f"kvx.kernels.{name}")
-        for spec in getattr(importlib.import_module(f"kvx.kernels.{name}.arg_specs"), which):
+        for spec in getattr(importlib.import_module(f"kvx.kernels.{name}.arg_specs"), which, ()):
             if any(text in spec.name for text in matching):
                 yield Call(name, getattr(package, spec.function or name), spec)
 

@@ -115,7 +115,7 @@ def _spec(
     return ArgSpec(" ".join(parts), build, known | options, EXACT if dtype == jnp.float32 else ROUNDED)
 
 
-FLOAT, HALF = jnp.float32, jnp.bfloat16
+FLOAT = jnp.float32
 
 NUMERIC = (
     _spec("small", 9, 16, 32, 3, 96, dtype=FLOAT, length=2, places="holes"),

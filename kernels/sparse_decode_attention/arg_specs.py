@@ -87,7 +87,7 @@ AOT = tuple(
     for page in (16, 64)
 )
 
-SINGLE = tuple(
+GPU = tuple(
     _call(model, batch, slots, 1, budget)
     for model in MODELS
     for batch in (1, 8)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+SHAPES = ("NUMERIC", "CI", "AOT", "GPU")
+
 bench = typer.Typer(
     help="Benchmarks: kernels on this device, or compiled for TPUs that are not there.", no_args_is_help=True
 )
@@ -21,7 +23,10 @@ def kernels(
     matching: Annotated[
         list[str] | None, typer.Option("--matching", help="Text in the name of a shape; may be repeated.")
     ] = None,
-    shapes: Annotated[str, typer.Option("--shapes", help="NUMERIC, CI or AOT (the realistic ones).")] = "AOT",
+    shapes: Annotated[
+        str,
+        typer.Option("--shapes", help="NUMERIC, CI, AOT (the realistic ones) or GPU (those that a TPU does not take)."),
+    ] = "AOT",
     aot: Annotated[bool, typer.Option("--aot", help="Compile for TPUs instead of timing; needs libtpu.")] = False,
     chip: Annotated[list[str] | None, typer.Option("--chip", help="v5e, v5p, v6e; may be repeated.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with the reference instead of timing.")] = False,
@@ -51,8 +56,8 @@ def kernels(
     from kvx.eval.kernel_bench.calls import calls
     from kvx.kernels.arg_spec import CHIPS
 
-    if shapes not in ("NUMERIC", "CI", "AOT"):
-        raise unknown("shapes", shapes, ("NUMERIC", "CI", "AOT"))
+    if shapes not in SHAPES:
+        raise unknown("shapes", shapes, SHAPES)
     for name in chip or ():
         if name not in CHIPS:
             raise unknown("chip", name, CHIPS)

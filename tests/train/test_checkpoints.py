@@ -150,7 +150,8 @@ def test_the_state_of_a_step_restores_on_another_mesh_bit_for_bit(tmp_path):
         assert json.loads(json.dumps(facts))["step"] == 7
         jax.tree.map(np.testing.assert_array_equal, (found, kept), (state, frozen))
         name = "blocks.0.mlp.gate_up.kernel"
-        assert found.trained[name].sharding == other.frame.placed(here(), {name: begun.trained[name]})[name].sharding
+        wanted = other.frame.placed(here(), {name: begun.trained[name]})[name].sharding
+        assert found.trained[name].sharding.is_equivalent_to(wanted, found.trained[name].ndim)
 
 
 def eight():
