@@ -16,6 +16,10 @@ from kvx.models.mla import LatentConfig
 from kvx.train.job import ConvertSection, Job
 
 
+WIDTHS_BY_OPTIONS = "x_ecomla"
+"""The recipe whose content width is the head's less the rotary one; others keep more (`kvx.train.convert`)."""
+
+
 def model_shapes(job: Job) -> tuple[Model, Model]:
     """Student and teacher, with shapes for parameters.
 
@@ -52,6 +56,11 @@ def model_config(model: str, shapes: str | None = None) -> Mapping[str, Any]:
 def _latent(convert: ConvertSection, spec: AttentionSpec) -> LatentLayer:
     """Widths of a layer; its frequencies, which no shape depends on, are zeros."""
     options = convert.options
+    if convert.recipe != WIDTHS_BY_OPTIONS:
+        raise BadInput(
+            f"recipe={convert.recipe!r} has widths that are known once its weights are; allowed for shapes without "
+            f"weights: {WIDTHS_BY_OPTIONS}, none"
+        )
     if not isinstance(options.get("rank"), int) or not isinstance(options.get("rotary"), int):
         raise BadInput(
             f"rank and rotary of recipe {convert.recipe!r} are not both fixed; allowed: integers, for shapes"

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kvx.errors import BadInput
 from kvx.train.aot import GIB, Compiled, compile_job
 from kvx.train.collectives import Traffic
 from kvx.train.job import ConvertSection, DataSection, Job, MeshSection, StageSection
+from kvx.train.shapes import model_shapes
 
 ROOT = Path(__file__).parents[2]
 LLAMA_1B = str(ROOT / "configs" / "models" / "llama-3.2-1b.json")
@@ -74,3 +76,10 @@ def test_topologies_that_no_one_has_are_refused(topology, sentence):
 
 if __name__ == "__main__":
     print(json.dumps(compile_job(job(data=1, fsdp=64, tensor=4), "v5e:16x16").as_json()))
+
+
+@pytest.mark.parametrize("recipe", ["transmla", "mha2mla", "by_effect"])
+def test_widths_that_options_do_not_tell_are_refused_and_not_guessed(recipe):
+    convert = ConvertSection(recipe=recipe, options={"rank": 64, "rotary": 32})
+    with pytest.raises(BadInput, match=f"recipe='{recipe}' has widths that are known once its weights are"):
+        model_shapes(replace(job(), convert=convert))
