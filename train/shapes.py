@@ -15,7 +15,6 @@ from kvx.models.latent_layers import SECTION, LatentLayer, section
 from kvx.models.mla import LatentConfig
 from kvx.train.job import ConvertSection, Job
 
-
 WIDTHS_BY_OPTIONS = "x_ecomla"
 """The recipe whose content width is the head's less the rotary one; others keep more (`kvx.train.convert`)."""
 

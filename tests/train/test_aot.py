@@ -74,12 +74,12 @@ def test_topologies_that_no_one_has_are_refused(topology, sentence):
         compile_job(job(), topology)
 
 
-if __name__ == "__main__":
-    print(json.dumps(compile_job(job(data=1, fsdp=64, tensor=4), "v5e:16x16").as_json()))
-
-
 @pytest.mark.parametrize("recipe", ["transmla", "mha2mla", "by_effect"])
 def test_widths_that_options_do_not_tell_are_refused_and_not_guessed(recipe):
     convert = ConvertSection(recipe=recipe, options={"rank": 64, "rotary": 32})
     with pytest.raises(BadInput, match=f"recipe='{recipe}' has widths that are known once its weights are"):
         model_shapes(replace(job(), convert=convert))
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_job(job(data=1, fsdp=64, tensor=4), "v5e:16x16").as_json()))
