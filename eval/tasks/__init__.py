@@ -1,0 +1,1 @@
+"""Tasks: what policies are measured on; one file a family, registered by name."""
