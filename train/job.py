@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from kvx.errors import BadInput
-from kvx.train.section import Count, Positive, Range, Section, Share, Weight, Whole
+from kvx.section import Count, Positive, Range, Section, Share, Weight, Whole
 
 Amount = Share | Whole
 """A float is a share of a stage's steps, an integer a number of steps."""

@@ -17,10 +17,10 @@ import kvx
 from kvx.errors import BadInput
 from kvx.mesh import Placement
 from kvx.models.build import Model
+from kvx.section_file import table_from
 from kvx.train.convert import Report, convert, measure_moments, recipe
 from kvx.train.job import Job
 from kvx.train.job_checks import NO_CONVERSION, check_job, recipe_options
-from kvx.train.job_file import table_from
 from kvx.train.judging import Verdict, judge
 from kvx.train.loop import Trainer
 from kvx.train.material import Material, read_material

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from kvx.errors import BadInput
+from kvx.section_file import table_from
 from kvx.train.job import ConvertSection, Job, MeshSection, StageSection
 from kvx.train.job_checks import check_job
-from kvx.train.job_file import read_job, table_from
+from kvx.train.job_file import read_job
 from tests.tiny import CONFIG
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ def test_overrides_come_last_and_reach_into_lists_and_tables(tmp_path):
 
 def test_a_job_survives_as_json(tmp_path):
     job = read_job(job_file(tmp_path), ["convert.layers=[0, 3]", "stages.0.ema=0.99", "mesh.tensor=2"])
-    from kvx.train.job_file import section_from
+    from kvx.section_file import section_from
 
     assert section_from(Job, json.loads(json.dumps(table_from(job)))) == job
 

@@ -1,4 +1,4 @@
-"""A section of a job file: a frozen dataclass that checks its own types and ranges when it is built."""
+"""A section of a configuration: a frozen dataclass that checks its own types and ranges when it is built."""
 
 import math
 import types
@@ -43,7 +43,7 @@ Share = Annotated[float, Range(0, 1, open_high=True)]
 
 @dataclass(frozen=True)
 class Section:
-    """What every section of a job is: `kvx.train.job_file` reads it, and building it checks it.
+    """What every section of a configuration is: `kvx.section_file` reads it, and building it checks it.
 
     Raises:
         BadInput: a value of a wrong type or out of its range, by the annotations of its fields.
