@@ -16,11 +16,13 @@ class Frame:
     Attributes:
         before: before the context; a chat template writes its special tokens here.
         after: between the question and the opening of the answer.
+        between: between an answer and the next question.
         chat: whether this is a chat template's; else the tokenizer adds what begins a text.
     """
 
     before: str = ""
     after: str = ""
+    between: str = ""
     chat: bool = False
 
     @classmethod
@@ -32,10 +34,12 @@ class Frame:
         """
         if not chat:
             return cls()
-        before, mark, after = tokenizer.chat([{"role": "user", "content": _MARK}]).partition(_MARK)
-        if not mark:
-            raise BadInput("chat=True, but the model's chat template changes what a user says; allowed: chat=False")
-        return cls(before, after, True)
+        said = [{"role": role, "content": _MARK} for role in ("user", "assistant", "user")]
+        pieces = tokenizer.chat(said).split(_MARK)
+        if len(pieces) != 4:
+            raise BadInput("chat=True, but the model's chat template changes what is said; allowed: chat=False")
+        before, _, between, after = pieces
+        return cls(before, after, between, True)
 
     def context(self, tokenizer: Any, sample: Sample) -> list[int]:
         """Ids of a sample's context, with what begins a text."""
@@ -46,6 +50,16 @@ class Frame:
         """Ids of a question and the opening of its answer."""
         after = self.after if not sample.plain else ""
         return tokenizer.encode(question.text + after + question.prefix, add_special=False)
+
+    def turn(self, tokenizer: Any, sample: Sample, index: int) -> list[int]:
+        """Ids that lead from the opening of one answer to that of the next: the right answer, and the next question."""
+        answered, asked = sample.questions[index], sample.questions[index + 1]
+        between, after = ("", "") if sample.plain else (self.between, self.after)
+        # A prefix that ends in a word wants a blank before what it opens.
+        joint = " " if answered.prefix and answered.prefix[-1].isalnum() else ""
+        return tokenizer.encode(
+            joint + answered.answers[0] + between + asked.text + after + asked.prefix, add_special=False
+        )
 
     def size(self, tokenizer: Any, sample: Sample) -> int:
         """Tokens up to where the longest of the questions is answered."""

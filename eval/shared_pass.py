@@ -11,7 +11,11 @@ from kvx.decoder import Decoder
 
 
 def prefill_each(
-    model: Decoder, tokens: Int[np.ndarray, "B T"], policies: Sequence[kvx.Policy], max_new_tokens: int
+    model: Decoder,
+    tokens: Int[np.ndarray, "B T"],
+    policies: Sequence[kvx.Policy],
+    max_new_tokens: int,
+    lengths: Int[np.ndarray, "B"] | None = None,
 ) -> list[tuple[Float[Array, "B N"], KVCache]]:
     """Logits after the prompt and the cache, for every policy in order.
 
@@ -19,10 +23,12 @@ def prefill_each(
     time of the pass.
     """
     together = [policy for policy in policies if not policy.alone]
-    logits, caches = kvx.prefill(model, tokens, tuple(together), max_new_tokens=max_new_tokens)
-    assert isinstance(caches, tuple), "a tuple of policies gives a tuple of caches"
-    shared = iter(caches)
+    shared = iter(())
+    if together:
+        logits, caches = kvx.prefill(model, tokens, tuple(together), lengths, max_new_tokens=max_new_tokens)
+        assert isinstance(caches, tuple), "a tuple of policies gives a tuple of caches"
+        shared = ((logits, cache) for cache in caches)
     return [
-        kvx.prefill(model, tokens, policy, max_new_tokens=max_new_tokens) if policy.alone else (logits, next(shared))
+        kvx.prefill(model, tokens, policy, lengths, max_new_tokens=max_new_tokens) if policy.alone else next(shared)
         for policy in policies
     ]

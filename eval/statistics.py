@@ -1,4 +1,4 @@
-"""Means with their 95 % intervals: Wilson's for shares, Student's for means, the bootstrap for scores between 0 and 1."""
+"""Means with their 95 % intervals: Wilson's for shares, Student's for means, the bootstrap for other scores."""
 
 import math
 from dataclasses import dataclass
@@ -47,11 +47,25 @@ class Interval:
 
     @classmethod
     def bootstrap(cls, values: Float[np.ndarray, "N"], seed: int = 0) -> "Interval":
-        """Of numbers of any distribution: the middle 95 % of the means of samples drawn with replacement (Efron 1979)."""
+        """Of numbers of any distribution: the middle 95 % of means of samples drawn with replacement (Efron 1979)."""
         random = np.random.default_rng(seed)
         drawn = random.integers(len(values), size=(RESAMPLES, len(values)))
         low, high = np.quantile(np.asarray(values)[drawn].mean(axis=1), (0.025, 0.975))
         return cls(float(np.mean(values)), float(low), float(high), len(values))
+
+    @classmethod
+    def paired_shares(cls, values: Float[np.ndarray, "N"], others: Float[np.ndarray, "N"]) -> "Interval":
+        """Of the difference of two shares of the same samples, zeros and ones (Bonett and Price 2012).
+
+        A sample each way is added before the normal interval is taken, so it has some width where no sample differs.
+        """
+        count = len(values)
+        gained = (float(np.sum(values > others)) + 1) / (count + 2)
+        lost = (float(np.sum(values < others)) + 1) / (count + 2)
+        middle = gained - lost
+        half = _NORMAL * math.sqrt((gained + lost - middle**2) / (count + 2))
+        mean = float(np.mean(values - others))
+        return cls(mean, max(-1.0, min(middle - half, mean)), min(1.0, max(middle + half, mean)), count)
 
     def __str__(self) -> str:
         return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"

@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+
 from kvx.eval.tasks.haystack import Haystack
 from kvx.eval.tasks.registry import task
 from kvx.eval.tasks.sample import Question, Sample
@@ -25,18 +27,21 @@ def first_number(answer: str, question: Question) -> float:
 @task("passkey", score=first_number, group="retrieval", binary=True)
 def passkey(source: Source, length: int, count: int, seed: int) -> list[Sample]:
     """A five-digit number hidden in real prose."""
-    found = []
-    for index in range(count):
-        random = random_of(seed, "passkey", length, index)
-        key = str(random.integers(10 ** (DIGITS - 1), 10**DIGITS))
-        needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-        hay = Haystack.of(source, random)
-        asked = Question(_QUESTION, (key,), _PREFIX, new_tokens=10, stop=(".", "\n"))
+    return [
+        _sample(source, length, spread(index, count), random_of(seed, "passkey", length, index))
+        for index in range(count)
+    ]
 
-        def build(words: int, hay=hay, needle=needle, asked=asked, depth=spread(index, count)) -> Sample:
-            text, spans, depths = hay.hide(words, [(depth, needle)])
-            shifted = tuple((len(_TASK) + first, len(_TASK) + last) for first, last in spans)
-            return one(_TASK + text, asked, evidence=shifted, depth=depths[0])
 
-        found.append(source.largest(build, length, "passkey"))
-    return found
+def _sample(source: Source, length: int, depth: float, random: np.random.Generator) -> Sample:
+    key = str(random.integers(10 ** (DIGITS - 1), 10**DIGITS))
+    needle = f"The pass key is {key}. Remember it. {key} is the pass key."
+    hay = Haystack.of(source, random)
+    asked = Question(_QUESTION, (key,), _PREFIX, new_tokens=10, stop=(".", "\n"))
+
+    def build(words: int) -> Sample:
+        text, spans, depths = hay.hide(words, [(depth, needle)])
+        evidence = tuple((len(_TASK) + first, len(_TASK) + last) for first, last in spans)
+        return one(_TASK + text, asked, evidence=evidence, depth=depths[0])
+
+    return source.largest(build, length, "passkey")

@@ -2,26 +2,26 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from kvx.errors import BadInput, unknown
 from kvx.eval.tasks.sample import Question, Sample
-from kvx.eval.tasks.source import Source
 
 Score = Callable[[str, Question], float]
 """What an answer is worth, in [0, 1]: by its text, and by what the question counts as right."""
 
 
-class Make(Protocol):
-    """A task's generator."""
-
-    def __call__(self, source: Source, length: int, count: int, seed: int, **options: Any) -> Sequence[Sample]:
-        """`count` samples; their prompts take at most `length` tokens."""
-        ...
+Make = Callable[..., Sequence[Sample]]
+"""A task's generator: (source, length, count, seed, *, its own options) -> `count` samples whose prompts take at most
+`length` tokens."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +111,25 @@ def _load() -> None:
 
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
+
+
+def print_tasks(as_json: bool = False) -> None:
+    """Every task with its options, on standard output."""
+    found = [find(name) for name in names()]
+    if as_json:
+        content = [
+            {"name": each.name, "group": each.group, "about": each.about, "options": list(each.options)}
+            for each in found
+        ]
+        print(json.dumps(content, indent=2))
+        return
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("task", "group", "options", "about"):
+        shown.add_column(column, no_wrap=column in ("task", "group"))
+    for each in found:
+        options = ", ".join(
+            name if parameter.default is parameter.empty else f"{name}={parameter.default!r}"
+            for name, parameter in each.options.items()
+        )
+        shown.add_row(each.name, each.group, options, each.about)
+    Console(width=None if Console().is_terminal else 170).print(shown)

@@ -9,6 +9,7 @@ import typer
 from kvx.cli.bench import bench
 from kvx.cli.compare import compare
 from kvx.cli.distill import distill
+from kvx.cli.eval import evaluate
 from kvx.cli.fetch import fetch
 from kvx.cli.generate import generate
 from kvx.cli.policies import policies
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for _command in (fetch, generate, compare, policies, distill):
     app.command()(_command)
+app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 
 # What click calls UsageError and ClickException, wherever this version of typer keeps them.

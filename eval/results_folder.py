@@ -1,0 +1,96 @@
+"""An evaluation's results folder: whose it is, and the summary and the report made from its records alone."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kvx.errors import BadInput
+from kvx.eval.job import EvalJob
+from kvx.eval.provenance import provenance, replace_file
+from kvx.eval.records import RECORDS, Record, read
+from kvx.eval.summary import as_csv, summary, table
+from kvx.prose import Prose
+from kvx.section_file import table_from
+
+CONFIG, SUMMARY, REPORT = "config.json", "summary.csv", "report.html"
+_FREE = ("output", "together")
+"""Of a job, what no record depends on."""
+
+
+def claim(job: EvalJob, prose: Prose) -> Path:
+    """The folder of a job's results, new or begun earlier by the same job.
+
+    Raises:
+        BadInput: a path that cannot be written, other files, or the results of a job that differs.
+    """
+    folder = Path(job.folder)
+    wanted = _identity(job, prose)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / CONFIG).exists():
+            _check(folder, wanted)
+        elif any(folder.iterdir()):
+            raise BadInput(
+                f"output={str(folder)!r} holds files that are no evaluation's; allowed: a new or empty folder"
+            )
+        else:
+            replace_file(folder / CONFIG, (json.dumps({**wanted, **provenance()}, indent=2) + "\n").encode())
+    except OSError as error:
+        raise BadInput(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from None
+    return folder
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """What made a folder's results.
+
+    Raises:
+        BadInput: a folder without results, or a file that is not what `claim` writes.
+    """
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise BadInput(f"{str(path)!r} is not JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("job"), dict):
+        raise BadInput(f"{str(path)!r} holds no job; allowed: what kvx eval writes")
+    return content
+
+
+def write_summary(folder: Path) -> None:
+    """The table as CSV, and the report, from the records alone."""
+    from kvx.eval.report import write_report
+
+    replace_file(folder / SUMMARY, as_csv(summary(read(folder / RECORDS, Record))).encode())
+    write_report(folder)
+
+
+def print_rows(folder: Path, as_json: bool = False) -> None:
+    """The table of a folder's records, or its rows as JSON, on standard output."""
+    rows = summary(read(folder / RECORDS, Record))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    # A table in a file or a pipe should not be cut to the width of a terminal that is not there.
+    Console(width=None if Console().is_terminal else 230).print(table(rows))
+    print(f"report: {folder / REPORT}")
+
+
+def _identity(job: EvalJob, prose: Prose) -> dict[str, Any]:
+    """What two runs must share for their records to belong together; as JSON gives it back."""
+    table = {key: value for key, value in table_from(job).items() if key not in _FREE}
+    return json.loads(json.dumps({"job": table, "text": {"name": prose.name, "sha256": prose.sha256}}))
+
+
+def _check(folder: Path, wanted: dict[str, Any]) -> None:
+    found = config(folder)
+    there, here = {**found["job"], "text": found.get("text")}, {**wanted["job"], "text": wanted["text"]}
+    if differing := sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)):
+        raise BadInput(
+            f"output={str(folder)!r} holds the results of a job with other {', '.join(differing)}; allowed: that job, "
+            "or another folder"
+        )

@@ -1,0 +1,245 @@
+"""Running an evaluation: every policy on every sample, each record on the disk as soon as it is known, resumable."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+import kvx
+from kvx.cache import KVCache
+from kvx.decoder import Decoder
+from kvx.eval.answering import Answered, Batch, answer, batches
+from kvx.eval.job import FULL, EvalJob, TaskSection
+from kvx.eval.kept import evidence_kept, kept
+from kvx.eval.perplexity import WORKERS, as_bfloat16
+from kvx.eval.prompts import Frame
+from kvx.eval.readying import ready
+from kvx.eval.records import COSTS, KEPT, RECORDS, Cell, Kept, Record, append, mend, read
+from kvx.eval.results_folder import claim, write_summary
+from kvx.eval.stopwatch import Stopwatch
+from kvx.eval.tasks.registry import Task, find
+from kvx.eval.tasks.sample import Sample
+from kvx.eval.tasks.source import Source
+from kvx.progress import Steps
+from kvx.prose import Prose, prose
+
+Loaded = tuple[Decoder, Any]
+"""A model and its tokenizer."""
+
+
+def run(job: EvalJob, *, console: Console | None = None, loaded: dict[str, Loaded] | None = None) -> Path:
+    """Run what of a job is not done yet, and write its summary and report.
+
+    Args:
+        job: what to run.
+        console: where the progress bar goes; None: standard error.
+        loaded: models by the name that the job gives them; the others are loaded.
+
+    Returns:
+        The results folder: config.json, records.jsonl, kept.jsonl, costs.jsonl, summary.csv, report.html.
+
+    Raises:
+        BadInput: a folder that holds the results of another job; samples that cannot be made; a model or a policy that
+            does not fit. Nothing was overwritten.
+    """
+    text = prose(None if job.text is None else Path(job.text))
+    policies = job.chosen()
+    folder = claim(job, text)
+    for name in (RECORDS, KEPT, COSTS):
+        mend(folder / name)
+    for model in job.models:
+        decoder, tokenizer = (loaded or {}).get(model) or _load(model, job)
+        _Study(job, model, decoder, tokenizer, text, policies, folder, console).run()
+    write_summary(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A batch of one cell: what is done at a time."""
+
+    task: Task
+    cell: Cell
+    batch: Batch
+    first: int
+    count: int
+
+    @property
+    def indices(self) -> range:
+        """Samples in it; the batch's further rows are padding."""
+        return range(self.first, self.first + self.count)
+
+
+@dataclass
+class _Study:
+    """One model's part of a job."""
+
+    job: EvalJob
+    model: str
+    decoder: Decoder
+    tokenizer: Any
+    prose: Prose
+    policies: list[kvx.Policy]
+    folder: Path
+    console: Console | None
+
+    def run(self) -> None:
+        """Samples first, so that what cannot be made is refused before any long work."""
+        for policy in self.policies:
+            policy.check([block.spec for block in self.decoder.blocks])
+        units = list(self._units())
+        records = [each for each in read(self.folder / RECORDS, Record) if each.cell.model == self.model]
+        done = {(record.cell, record.policy, record.index) for record in records}
+        self.bf16 = {record.cell: record.bf16_bytes for record in records}
+        self.mapped = {(each.cell, each.policy) for each in read(self.folder / KEPT, Kept)}
+        todo = [(unit, [each.text for each in self.policies if self._lacks(unit, each, done)]) for unit in units]
+        with Steps(sum(len(missing) + 1 for _, missing in todo if missing) + 1, self.console) as step:
+            step(f"{self.model}: calibrate")
+            if any(missing for _, missing in todo) or self.job.fidelity.documents or self.job.cost.lengths:
+                self.policies = ready(
+                    self.policies, self.decoder, self.tokenizer, self.prose, self.job.calibration, self.job.seed
+                )
+            warm: set[Cell] = set()
+            for unit, missing in todo:
+                for group in self._groups(missing):
+                    self._answer(unit, group, unit.cell in warm, step)
+                warm |= {unit.cell} if missing else set()
+        self._fidelity(done)
+        self._cost()
+
+    def _units(self) -> Iterator[_Unit]:
+        """In the order of the job: all batches of a cell one after the other."""
+        source = Source(self.tokenizer, self.prose, Frame.of(self.tokenizer, self.job.chat))
+        devices = jax.device_count()
+        size = -(-self.job.batch // devices) * devices
+        for section in self.job.tasks:
+            for length in section.lengths:
+                samples = self._samples(source, section, length)
+                for mode in section.modes:
+                    cell = Cell(self.model, section.text, length, mode)
+                    for index, batch in enumerate(batches(self.tokenizer, source.frame, samples, size, mode)):
+                        first = index * size
+                        yield _Unit(find(section.name), cell, batch, first, min(size, len(samples) - first))
+
+    def _samples(self, source: Source, section: TaskSection, length: int) -> Sequence[Sample]:
+        return find(section.name).make(source, length, section.samples, self.job.seed, **section.options)
+
+    def _lacks(self, unit: _Unit, policy: kvx.Policy, done: set[tuple[Cell, str, int]]) -> bool:
+        return any((unit.cell, policy.text, index) not in done for index in unit.indices)
+
+    def _groups(self, texts: list[str]) -> Iterator[list[kvx.Policy]]:
+        """Those of the policies that share a pass."""
+        chosen = [policy for policy in self.policies if policy.text in texts]
+        size = self.job.together or max(len(chosen), 1)
+        for start in range(0, len(chosen), size):
+            yield chosen[start : start + size]
+
+    def _answer(self, unit: _Unit, policies: list[kvx.Policy], warm: bool, step: Steps) -> None:
+        """One batch under some policies; the first batch of a cell compiles, two policies at a time."""
+        cell, watch = unit.cell, Stopwatch()
+        label = f"{cell.task}, {cell.length} tokens, {cell.mode}, samples {unit.first + 1} to {unit.first + unit.count}"
+        workers = 1 if warm or jax.device_count() > 1 else WORKERS
+        found = answer(
+            self.decoder, self.tokenizer, unit.batch, cell.mode, policies,
+            workers=workers, watch=watch, tell=lambda what: step(f"{label}: {what}"),
+        )  # fmt: skip
+        for policy, answered in found:
+            step(f"{label}: {policy.text}")
+            if policy.text == FULL:
+                self.bf16[cell] = as_bfloat16(answered.cache) // len(unit.batch.samples)
+            prefill = watch.phases["prefill"]
+            seconds = {"prefill": prefill["wall"], "decode": answered.decode}
+            compiled = answered.compiled or prefill["compile"] > 0
+            append(
+                self.folder / RECORDS,
+                [self._record(unit, row, policy, answered, seconds, compiled) for row in range(unit.count)],
+            )
+            if self._is_mapped(unit) and (cell, policy.text) not in self.mapped:
+                append(self.folder / KEPT, [self._kept(unit, policy, answered.cache)])
+
+    def _record(
+        self, unit: _Unit, row: int, policy: kvx.Policy, answered: Answered, seconds: dict[str, float], compiled: bool
+    ) -> Record:
+        sample, rows = unit.batch.samples[row], len(unit.batch.samples)
+        likelihoods = answered.likelihoods[row]
+        scores = [
+            unit.task.score(text, question) if sure is None else float(np.exp(sure))
+            for text, question, sure in zip(answered.texts[row], sample.questions, likelihoods, strict=True)
+        ]
+        ids = [*unit.batch.contexts[row], *chain.from_iterable(unit.batch.questions[row])]
+        places = Frame.of(self.tokenizer, self.job.chat).places(self.tokenizer, sample)
+        return Record(
+            cell=unit.cell,
+            policy=policy.text,
+            index=unit.first + row,
+            sha256=hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest(),
+            tokens=len(unit.batch.contexts[row]) + max(map(len, unit.batch.questions[row])),
+            depth=sample.depth,
+            answers=tuple(answered.texts[row]),
+            expected=tuple(question.answers for question in sample.questions),
+            scores=tuple(scores),
+            cache_bytes=answered.cache.nbytes // rows,
+            bf16_bytes=self.bf16[unit.cell],
+            bytes_read=answered.cache.bytes_read() // rows,
+            policy_bytes=policy.nbytes,
+            retention=evidence_kept(answered.cache, row, places),
+            seconds=seconds,
+            compiled=compiled,
+        )
+
+    def _is_mapped(self, unit: _Unit) -> bool:
+        """A map is drawn of the first sample of a task at its shortest length."""
+        shortest = {section.text: min(section.lengths) for section in self.job.tasks}
+        return unit.first == 0 and unit.cell.length == shortest[unit.cell.task]
+
+    def _kept(self, unit: _Unit, policy: kvx.Policy, cache: KVCache) -> Kept:
+        ids = unit.batch.contexts[0] + (unit.batch.questions[0][0][:-1] if unit.cell.mode != "agnostic" else [])
+        mask = kept(cache, 0, len(ids))
+        return Kept(
+            unit.cell, policy.text, tuple(self.tokenizer.decode([each]) for each in ids),
+            tuple(map(tuple, mask.sum(axis=2).tolist())), Kept.packed(mask), mask.shape,
+        )  # fmt: skip
+
+    def _fidelity(self, done: set[tuple[Cell, str, int]]) -> None:
+        from kvx.eval.fidelity import fidelity_records
+
+        section = self.job.fidelity
+        if not section.documents:
+            return
+        known = {policy for cell, policy, index in done if cell.task == "fidelity" and index == section.documents - 1}
+        todo = [policy for policy in self.policies if policy.text not in known]
+        for record in fidelity_records(
+            self.model, self.decoder, self.tokenizer, self.prose, todo,
+            documents=section.documents, prompt=section.prompt, forced=section.forced, seed=self.job.seed,
+            console=self.console,
+        ):  # fmt: skip
+            append(self.folder / RECORDS, [record])
+
+    def _cost(self) -> None:
+        from kvx.eval.cost import costs
+        from kvx.eval.records import Cost
+        from kvx.prose import documents
+
+        section = self.job.cost
+        if not section.lengths:
+            return
+        known = {(each.policy, each.length, each.batch) for each in read(self.folder / COSTS, Cost)}
+        rows = documents(self.tokenizer, self.prose.held_out, max(section.batches), max(section.lengths))
+        for length in section.lengths:
+            for batch in section.batches:
+                todo = [policy for policy in self.policies if (policy.text, length, batch) not in known]
+                for cost in costs(self.decoder, self.model, todo, [length], [batch], tokens=rows, steps=section.steps):
+                    append(self.folder / COSTS, [cost])
+
+
+def _load(name: str, job: EvalJob) -> Loaded:
+    """A model, its rows over all devices where there are several."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",)) if jax.device_count() > 1 else None
+    return kvx.load(name, dtype=None if job.dtype is None else jnp.dtype(job.dtype), mesh=mesh)
