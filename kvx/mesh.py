@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvx.errors import BadInput
 
@@ -66,9 +66,12 @@ RULES = Rules()
 
 @dataclass(frozen=True)
 class Placement:
-    """A mesh and the rules for it: a placed model carries one, as static data."""
+    """A mesh and the rules for it: a placed model carries one, as static data.
 
-    mesh: Mesh
+    An abstract mesh, without devices, says where arrays would be and how many of their bytes a device would hold.
+    """
+
+    mesh: Mesh | AbstractMesh
     rules: Rules
 
     def sharding(
