@@ -1,7 +1,9 @@
 """GSM8K (Cobbe et al. 2021): school mathematics in words, with worked examples before the question."""
 
 import re
+from pathlib import Path
 
+from kvx.errors import BadInput
 from kvx.eval.metrics.numbers import extracted, final_number
 from kvx.eval.tasks.files.fitting import fewer_examples
 from kvx.eval.tasks.files.reading import Row, chosen, file_of, rows
@@ -29,6 +31,8 @@ def gsm8k(
         shuffle: draw questions by the seed; else the first in the file's order.
     """
     within("gsm8k", "shots", shots, 1)
+    if not Path(path).expanduser().is_dir():
+        raise BadInput(f"path={path!r} is no folder; allowed: a folder with train.jsonl and test.jsonl")
     examples = [
         f"{_asked(row)} {_solution(row)}\n\n"
         for row in chosen(rows(file_of(path, ("train.jsonl", "train.jsonl.gz"))), shots, seed, False)

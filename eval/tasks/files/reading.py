@@ -7,9 +7,10 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -152,11 +153,11 @@ def chosen(items: Iterable[Item], count: int, seed: int, shuffle: bool) -> list[
     return found
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> BufferedIOBase:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+def _lines(path: Path, file: BufferedIOBase) -> Iterator[bytes]:
     total, number = 0, 0
     while line := file.readline(LONGEST + 1):
         total, number = total + len(line), number + 1
