@@ -1,0 +1,73 @@
+"""What a results folder holds, read as one value: the page is a function of it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvx.errors import BadInput
+from kvx.eval.records import COSTS, KEPT, RECORDS, Cost, Kept, Record, read
+from kvx.eval.summary import Row, summary
+
+CONFIG = "config.json"
+
+LARGEST_CONFIG = 4_000_000
+"""Bytes: a configuration is written by hand, and the page shows all of it."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A job and what it found.
+
+    Attributes:
+        config: what was run, as the job wrote it.
+        records: one a sample and policy.
+        kept: what policies kept of the first prompt of a cell; may be empty.
+        costs: time and memory; may be empty.
+    """
+
+    config: Mapping[str, Any]
+    records: Sequence[Record]
+    kept: Sequence[Kept] = ()
+    costs: Sequence[Cost] = ()
+
+    @classmethod
+    def of(cls, folder: Path) -> "Study":
+        """Everything in a results folder, finished or not.
+
+        Raises:
+            BadInput: no configuration there, one that is no table, or a line that is not a record, with its number.
+        """
+        return cls(
+            _config(folder / CONFIG),
+            read(folder / RECORDS, Record),
+            read(folder / KEPT, Kept),
+            read(folder / COSTS, Cost),
+        )
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One a cell and policy: means with their intervals."""
+        return summary(self.records) if self.records else []
+
+    @property
+    def name(self) -> str:
+        """What the job calls itself."""
+        return str(self.config.get("name") or "Evaluation")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_CONFIG:
+            raise BadInput(f"{str(path)!r} has {size} bytes; allowed: at most {LARGEST_CONFIG}")
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{str(path)!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{str(path)!r} holds a {type(found).__name__}; allowed: a table")
+    return found
