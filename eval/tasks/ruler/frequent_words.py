@@ -16,8 +16,8 @@ LETTERS = 6
 DOTS = "..."
 """Stands for the most frequent word."""
 
-LEAST = 73
-"""Draws from which on the fourth rank counts more than the fifth: (1 / 16 - 1 / 25) LEAST / zeta(2) is at least 1."""
+LEAST = 53
+"""Draws from which on each of the first five ranks occurs more often than the next, counts being whole."""
 
 _NEW_TOKENS = 50
 _TASK = (

@@ -71,26 +71,11 @@ class Needles:
             taken.add(text)
             return text
 
-        def needle(key: str, value: str) -> str:
-            return f"One of the special magic {self.value} for {key} is: {value}."
-
         table = {fresh(self.key): tuple(fresh(self.value) for _ in range(self.values)) for _ in range(self.keys)}
         # Depths go to the needles at random, so that the first keys may well be the ones that are asked for.
-        needles = [needle(key, value) for key, values in table.items() for value in values]
+        needles = [self._needle(key, value) for key, values in table.items() for value in values]
         placed = list(zip(self._depths(depth, random), needles, strict=True))
-        if self.haystack == "essay":
-            hay = Haystack.of(source, random)
-        elif self.haystack == "noise":
-            hay = Lines.noise()
-        else:
-            others: list[str] = []
-
-            def other(number: int) -> str:
-                while len(others) <= number:
-                    others.append(needle(fresh(self.key), fresh(self.value)))
-                return others[number]
-
-            hay = Lines.of(source, other)
+        hay = self._hay(source, random, lambda: self._needle(fresh(self.key), fresh(self.value)))
         opening, question = self._prompt(list(table)[: self.queries], table)
 
         def build(size: int) -> Sample:
@@ -99,6 +84,24 @@ class Needles:
             return one(opening + text, question, evidence=evidence, depth=depths[0])
 
         return source.largest(build, length, name, spare=question.new_tokens)
+
+    def _needle(self, key: str, value: str) -> str:
+        return f"One of the special magic {self.value} for {key} is: {value}."
+
+    def _hay(self, source: Source, random: np.random.Generator, another: Callable[[], str]) -> Haystack | Lines:
+        """The filling text; `another` draws a needle that no one asks for."""
+        if self.haystack == "essay":
+            return Haystack.of(source, random)
+        if self.haystack == "noise":
+            return Lines.noise()
+        drawn: list[str] = []
+
+        def line(number: int) -> str:
+            while len(drawn) <= number:
+                drawn.append(another())
+            return drawn[number]
+
+        return Lines.of(source, line)
 
     def _depths(self, first: float, random: np.random.Generator) -> list[float]:
         """The first as given, the others drawn: in prose none twice."""

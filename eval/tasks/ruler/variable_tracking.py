@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from string import ascii_uppercase
 
 import numpy as np
@@ -48,10 +49,9 @@ def _family(before: str, value: str, letters: int, random: np.random.Generator) 
         name = "".join(random.choice(list(ascii_uppercase), letters))
         if name != "VAR":
             names[name] = None
-    first, *others = names
     # The blank at the end of a line is the published one.
-    links = (f"VAR {new} = VAR {old} " for old, new in zip(names, others, strict=False))
-    chain = list(zip(sorted(random.random(HOPS + 1)), (f"VAR {first} = {value}", *links), strict=True))
+    links = (f"VAR {new} = VAR {old} " for old, new in pairwise(names))
+    chain = list(zip(sorted(random.random(HOPS + 1)), (f"VAR {next(iter(names))} = {value}", *links), strict=True))
     question = Question(
         f"\nQuestion: Find all variables that are assigned the value {value} in the text above.",
         tuple(names),
