@@ -1,6 +1,7 @@
 """Files of a suite's format, written by the tests, and a source of single characters to read them with."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 from kvx.eval.prompts import Frame
@@ -10,9 +11,11 @@ from kvx.eval.tasks.source import Source
 from kvx.prose import prose
 from tests.eval.letters import Letters
 
+_prose = cache(prose)
+
 
 def source(frame: Frame | None = None) -> Source:
-    return Source(Letters(), prose(), frame or Frame())
+    return Source(Letters(), _prose(), frame or Frame())
 
 
 def lines(path: Path, *rows) -> str:
