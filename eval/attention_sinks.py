@@ -2,7 +2,8 @@
 
 Definitions, with A the attention of one query head after softmax over T tokens, counted from 0 here:
 
-    alpha_k = 1 / (T - k) sum_{i >= k} A[i, k]         Sink_k(eps) = 100 mean over texts, layers, heads of [alpha_k > eps]
+    alpha_k = 1 / (T - k) sum_{i >= k} A[i, k],
+    Sink_k(eps) = 100 mean over texts, layers and heads of [alpha_k > eps]
 
 of Gu et al. 2024, "When Attention Sink Emerges in Language Models"; and, with s the sink's position and z the logits,
 
@@ -84,14 +85,14 @@ class Sinks:
         even = float(np.sum(1 / np.arange(token + 1, length + 1)) / (length - token))
         if not even < above < 1:
             raise BadInput(
-                f"above={above} at {length} tokens, where token {token} receives {even:.3f} of attention that is spread "
-                "evenly; allowed: more than that and less than 1"
+                f"above={above} at {length} tokens, where token {token} receives {even:.3f} of attention that is "
+                "spread evenly; allowed: more than that and less than 1"
             )
         received = np.concatenate([layer[..., token].reshape(-1) for layer in self.alpha])
         return 100 * float(np.mean(received > above))
 
     def against_the_rest(self) -> dict[str, Float[np.ndarray, "_"]]:
-        """The sink's norm over the mean of all other tokens': of "hidden" (L + 1), "keys", "values" and "drains" (L)."""
+        """The sink's norm over the others' mean norm: of "hidden" (L + 1), "keys", "values" and "drains" (L each)."""
         found = {"hidden": np.stack([self._ratio(norms) for norms in self.hidden])}
         for name in ("keys", "values", "drains"):
             found[name] = np.stack([self._ratio(norms) for norms in getattr(self, name)])

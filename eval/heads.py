@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from kvx.decoder import Decoder
 
+SHORT = 64
+"""Tokens at which the sink rate that papers quote is measured."""
+
 LARGEST = 50_000_000
 """Bytes of a report that are read at most."""
 
@@ -38,6 +41,9 @@ class HeadReport:
         induction, echo: scores of KV heads on random text that repeats (RazorAttention).
         first: of a query head's attention over real text, the share on the first tokens.
         local: on the first or the newest.
+        sinks: what the first token of the texts, cut to at most 64 tokens, is (`kvx.eval.attention_sinks`): "rate" is
+            Sink_1(0.3) in percent; by layer the ratios of its norms to the others' ("hidden", "keys", "values",
+            "drains"), "peaks", and means over heads of "gaps" and "masses".
     """
 
     model: str
@@ -48,6 +54,7 @@ class HeadReport:
     echo: Numbers
     first: Numbers
     local: Numbers
+    sinks: dict[str, Any]
 
     @property
     def policy(self) -> str:
@@ -94,26 +101,39 @@ def head_report(
         seed: of the random text.
 
     Raises:
-        BadInput: another `by`, or what `retrieval_scores` and `streaming_shares` refuse.
+        BadInput: another `by`, or what `retrieval_scores`, `streaming_shares` and `attention_sinks` refuse.
     """
+    import jax.numpy as jnp
+
     from kvx.eval.head_scores import retrieval_scores, streaming_shares
 
     if by not in ("repeats", "text"):
         raise BadInput(f"by={by!r} is not offered; allowed: 'repeats', 'text'")
     first, local = (_numbers(found) for found in streaming_shares(model, texts, sinks, recent))
     scores = retrieval_scores(model, search, seed)
-    induction, echo = (_numbers([layer[row] for layer in scores]) for row in (0, 1))
+    induction, echo = (_numbers([np.asarray(layer[row]) for layer in scores]) for row in (0, 1))
     settings = {
         **{key: getattr(search, key) for key in ("induction", "echo", "block", "repeats", "bos")},
         **{"share": share, "sinks": sinks, "recent": recent, "seed": seed},
         **{"documents": len(texts), "tokens": texts.shape[1]},
     }
-    report = HeadReport(name, by, settings, search.choose(scores), induction, echo, first, local)
+    sinks_found = _sinks(model, texts)
+    report = HeadReport(name, by, settings, search.choose(scores), induction, echo, first, local, sinks_found)
     if by == "repeats":
         return report
     # The same rule, with one score to rank by.
-    reach = [np.stack([np.asarray(layer)] * 2) for layer in report.reach]
+    reach = [jnp.asarray([layer, layer]) for layer in report.reach]
     return replace(report, heads=RetrievalHeads(share, 0.0).choose(reach))
+
+
+def _sinks(model: "Decoder", texts: np.ndarray) -> dict[str, Any]:
+    """What the first token is to attention."""
+    from kvx.eval.attention_sinks import attention_sinks
+
+    found = attention_sinks(model, texts[:, :SHORT])
+    by_layer = {name: [float(each) for each in ratios] for name, ratios in found.against_the_rest().items()}
+    means = {name: [float(np.mean(layer)) for layer in getattr(found, name)] for name in ("gaps", "masses")}
+    return {"rate": found.rate(), "tokens": found.hidden.shape[-1], **by_layer, "peaks": found.peaks.tolist(), **means}
 
 
 def read_heads(path: Path) -> tuple[tuple[int, int], ...]:
@@ -174,7 +194,7 @@ def command(
     sinks: Annotated[int, typer.Option(help="First tokens of a streaming head.", min=0)] = 4,
     recent: Annotated[int, typer.Option(help="Newest tokens of a streaming head.", min=1)] = 64,
     count: Annotated[int, typer.Option("--documents", help="Documents of real text.", min=1)] = 4,
-    tokens: Annotated[int, typer.Option(help="Tokens of each.", min=8)] = 1024,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.", min=SHORT)] = 1024,
     text: Annotated[
         Path | None, typer.Option(help="A folder of .txt or .md files. Default: Python's documentation, first half.")
     ] = None,
@@ -199,7 +219,6 @@ def command(
 
     import kvx
     from kvx.compilation_cache import enable_compilation_cache
-    from kvx.eval.attention_sinks import attention_sinks
     from kvx.prose import documents, prose
 
     search = RetrievalHeads(induction, echo, block)
@@ -221,11 +240,9 @@ def command(
         return
     console = Console()
     console.print(table(report))
-    measured = attention_sinks(decoder, texts[:, :64])
     console.print(f"\n{len(report.heads)} heads keep everything, chosen by {by}: {report.policy}", highlight=False)
-    console.print(
-        f"{measured.rate():.1f} % of heads are sinks at the first token (eps 0.3, 64 tokens)", highlight=False
-    )
+    sunk = f"{report.sinks['rate']:.1f} % of heads give the first of {report.sinks['tokens']} tokens more than 0.3"
+    console.print(f"{sunk} of their attention (Sink_1)", highlight=False)
 
 
 if __name__ == "__main__":

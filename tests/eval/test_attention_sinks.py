@@ -22,8 +22,8 @@ HARMONIC = np.sum(1 / np.arange(1, 65))
 
 def sinks_of(alpha, length):
     """Measures whose alpha is given by layer, and nothing else is."""
-    nothing = ()
-    return Sinks(0, tuple(alpha), np.ones((2, 1, length)), nothing, nothing, nothing, nothing, nothing)
+    texts = len(alpha[0]) if alpha else 1
+    return Sinks(0, tuple(alpha), np.ones((2, texts, length)), (), (), (), (), ())
 
 
 def alpha_of(logits):
@@ -145,7 +145,11 @@ def test_gaps_and_masses_in_blocks_equal_those_of_the_whole(window, softcap, mon
 
 def test_ratios_are_to_the_mean_of_the_others_and_peaks_to_the_largest():
     hidden = np.asarray([[[1.0, 1, 1]], [[8.0, 2, 4]]])
-    found = replace(sinks_of([], 3), hidden=hidden, keys=(np.asarray([[[1.0, 2, 6]]]),))
+    found = replace(
+        sinks_of([], 3),
+        hidden=hidden,
+        **{name: (np.asarray([[[1.0, 2, 6]]]),) for name in ("keys", "values", "drains")},
+    )
     assert found.against_the_rest()["hidden"].tolist() == [1, pytest.approx(8 / 3)]
     assert found.against_the_rest()["keys"].tolist() == [0.25]
     assert found.peaks.tolist() == [2]

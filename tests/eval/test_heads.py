@@ -3,6 +3,7 @@
 import io
 import json
 
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
@@ -52,9 +53,9 @@ def test_a_kv_head_reaches_as_far_as_the_furthest_of_its_query_heads(reports):
 
 def test_both_choices_rest_on_the_same_measurements(reports):
     assert reports["text"].induction == reports["repeats"].induction
-    assert reports["repeats"].heads == SEARCH.choose(
-        [np.stack(rows) for rows in zip(*(reports["repeats"].induction, reports["repeats"].echo), strict=True)]
-    )
+    report = reports["repeats"]
+    scores = [jnp.asarray(rows) for rows in zip(report.induction, report.echo, strict=True)]
+    assert report.heads == SEARCH.choose(scores)
 
 
 def test_the_table_has_a_row_for_each_layer_and_the_picture_is_one(reports):
@@ -63,6 +64,12 @@ def test_the_table_has_a_row_for_each_layer_and_the_picture_is_one(reports):
     picture = matplotlib.image.imread(io.BytesIO(head_map_png(report)), format="png")
     red = (abs(picture[..., :3] - np.asarray([0xD1, 0x49, 0x5B]) / 255) < 0.02).all(axis=-1)
     assert red.sum() > 50 * len(report.heads), "the chosen heads are framed"
+
+
+def test_the_report_says_what_the_first_token_is(reports):
+    sinks = reports["text"].sinks
+    assert 0 <= sinks["rate"] <= 100 and sinks["tokens"] == 60
+    assert [len(sinks[name]) for name in ("hidden", "keys", "values", "drains", "peaks", "gaps")] == [4, 3, 3, 3, 3, 3]
 
 
 def test_layers_of_unlike_heads_make_one_rectangle():

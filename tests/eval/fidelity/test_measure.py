@@ -11,20 +11,18 @@ from kvx.eval.fidelity import Fidelity, fidelity
 from kvx.eval.fidelity.__main__ import table
 from kvx.eval.statistics import Interval
 from kvx.loop import project
-from kvx.policies import full, h2o, kivi, quest, snapkv, streaming_llm
+from kvx.policies import full, h2o, kivi, quest, streaming_llm
 from tests import tiny
 
-LAYERS, PROMPT, LENGTH = 2, 30, 61
+LAYERS, PROMPT, LENGTH = 2, 30, 62
 
 POLICIES = {
     "full": full(),
     "evicts nothing": h2o(200),
     "evicts": h2o(16),
-    "small": snapkv(8, window=4),
-    "large": snapkv(24, window=4),
+    "evicts more": h2o(8),
     "codes": kivi(bits=2, group=16, residual=16),
     "reads little": quest(16, page=8, skip=()),
-    "reads all": quest(64, page=8, skip=()),
 }
 
 
@@ -40,7 +38,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def found(model, texts) -> dict[str, Fidelity]:
-    """Every policy beside the others, two segments of 16 steps (the last one short)."""
+    """Every policy beside the others, in two segments of 16 steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvx.eval.fidelity.measure.SEGMENT", 16)
         measured = fidelity(model, texts, PROMPT, list(POLICIES.values()))
@@ -140,11 +138,12 @@ def test_codes_hold_every_token_and_err_all_the_same(found):
 
 
 def test_what_a_sparse_read_leaves_out_is_not_recalled_though_it_is_held(found):
-    assert (found["reads little"].recall < 0.95).all() and (found["reads all"].recall == 1).all()
+    assert (found["reads little"].recall < 0.95).all()
+    assert (found["reads little"].recall > 16 / LENGTH).all(), "it reads the pages that promise most"
 
 
 def test_larger_budgets_err_less_in_every_measure(found):
-    small, large = found["small"], found["large"]
+    small, large = found["evicts more"], found["evicts"]
     assert large.kl.mean < small.kl.mean
     assert large.recall.mean() > small.recall.mean()
     assert large.attention_error.mean() < small.attention_error.mean()
@@ -161,14 +160,17 @@ def test_heads_add_up_to_their_layer(found):
 def test_stretches_of_the_text_average_to_the_whole(found):
     ours = found["evicts"]
     stretches = ours.by_position(3)
-    assert [(each.first, each.last) for each in stretches] == [(30, 39), (40, 49), (50, 59)]
-    assert np.mean([np.log(each.perplexity) for each in stretches]) == pytest.approx(ours.surprisals.mean())
-    assert np.mean([each.divergence for each in stretches]) == pytest.approx(ours.divergences[:, :-1].mean())
-    assert len(ours.by_position(1000)) == 30
+    assert [(each.first, each.last) for each in stretches] == [(30, 39), (40, 49), (50, 60)]
+    steps = [each.last - each.first + 1 for each in stretches]
+    surprise = np.average([np.log(each.perplexity) for each in stretches], weights=steps)
+    assert surprise == pytest.approx(ours.surprisals.mean())
+    divergence = np.average([each.divergence for each in stretches], weights=steps)
+    assert divergence == pytest.approx(ours.divergences[:, :-1].mean())
+    assert len(ours.by_position(1000)) == 31
 
 
 def test_pairing_is_by_document(found):
-    close, far = found["large"], found["small"]
+    close, far = found["evicts"], found["evicts more"]
     assert close.less_than(far) == Interval.of(far.divergence - close.divergence)
 
 
@@ -182,7 +184,7 @@ def test_table_and_json_tell_what_was_found(found):
 
 
 def test_what_cannot_be_measured_is_refused(model, texts):
-    with pytest.raises(kvx.BadInput, match="prompt=60 of documents of 61 tokens; allowed: 1 to 59"):
+    with pytest.raises(kvx.BadInput, match="prompt=61 of documents of 62 tokens; allowed: 1 to 60"):
         fidelity(model, texts, LENGTH - 1, [full()])
     with pytest.raises(kvx.BadInput, match="most=0"):
         fidelity(model, texts, PROMPT, [full()], most=0)

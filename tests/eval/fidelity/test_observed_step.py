@@ -7,8 +7,7 @@ import pytest
 
 import kvx
 from kvx.eval.fidelity.observed_step import observed_step
-from kvx.policies import full, h2o, minicache, paged, streaming_llm, tidaldecode
-from kvx.policy_text import parse_policy
+from kvx.policies import full, h2o, kivi, minicache, streaming_llm, tidaldecode
 from tests import tiny, tiny_latent
 
 POLICIES = {
@@ -17,12 +16,17 @@ POLICIES = {
     "renumbers": lambda: streaming_llm(12),
     "hands a choice up the layers": lambda: tidaldecode(12, layers=(0,)),
     "two layers in one storage": lambda: minicache(start=0.34),
-    "packed codes": lambda: parse_policy("snapkv(budget=24, window=8)+kivi(bits=4, group=16, residual=16)"),
-    "pages": paged,
+    "packed codes": lambda: kivi(bits=4, group=16, residual=16),
 }
 
 
-@pytest.mark.parametrize("name", POLICIES)
+# Those that take long to compile.
+SLOW = ("packed codes", "two layers in one storage", "renumbers")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in POLICIES]
+)
 def test_logits_and_cache_are_those_of_a_decode_step(name):
     model, policy = tiny.model(num_hidden_layers=3), POLICIES[name]()
     tokens, _ = tiny.prompts(24, 24)
