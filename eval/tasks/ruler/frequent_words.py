@@ -57,7 +57,7 @@ def frequent_words(source: Source, length: int, count: int, seed: int) -> list[S
     return found
 
 
-def counts(draws: int, ranks: int) -> Int[np.ndarray, "ranks"]:
+def counts(draws: int, ranks: int) -> Int[np.ndarray, "K"]:
     """How often each rank occurs: the zeta distribution of exponent 2 (the paper's alpha), rounded down."""
     zeta = math.pi**2 / 6
     return (draws / (zeta * np.arange(1, ranks + 1) ** 2.0)).astype(int)
