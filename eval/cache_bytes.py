@@ -1,8 +1,8 @@
 """What a cache's bytes are: keys and values in whatever form, what says which they are, and what lies on the host."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,6 +20,48 @@ CONTENT = frozenset(
 """Fields of stores that hold keys, values or codes of them. All others are metadata, scales of codes among them."""
 
 
+class Part(NamedTuple):
+    """One array of a cache.
+
+    Attributes:
+        path: where it is in the cache's tree.
+        array: itself, a tracer or a shape.
+        host: it lives in host memory.
+        whole: on a mesh every device holds all of it.
+    """
+
+    path: tuple[Any, ...]
+    array: Any
+    host: bool = False
+    whole: bool = False
+
+    @property
+    def content(self) -> bool:
+        """Whether it is keys, values or codes of them; what lies in a dict are statistics."""
+        if any(isinstance(step, jax.tree_util.DictKey) for step in self.path):
+            return False
+        names = [step.name for step in self.path if isinstance(step, jax.tree_util.GetAttrKey)]
+        return bool(names) and names[-1] in CONTENT
+
+
+def parts(cache: Any) -> tuple[Part, ...]:
+    """Every array of a cache, in the order of its leaves."""
+    return tuple(
+        Part(
+            (*above, *below),
+            leaf,
+            getattr(type(node), "memory", None) == HOST,
+            getattr(type(node), "held_whole", False),
+        )
+        for above, node in jax.tree_util.tree_leaves_with_path(cache, is_leaf=_says_where)
+        for below, leaf in jax.tree_util.tree_leaves_with_path(node)
+    )
+
+
+def _says_where(node: Any) -> bool:
+    return hasattr(type(node), "memory") or hasattr(type(node), "held_whole")
+
+
 @dataclass(frozen=True)
 class CacheBytes:
     """Bytes of a cache.
@@ -35,17 +77,17 @@ class CacheBytes:
     host: int
 
     @classmethod
-    def of(cls, cache: Any, size: Callable[[Any], int] | None = None) -> "CacheBytes":
-        """Of arrays, or of their shapes.
+    def of(cls, cache: Iterable[Part], size: Callable[[Part], int] | None = None) -> "CacheBytes":
+        """Of a cache's parts.
 
         Args:
-            size: bytes of one leaf; None: all that its shape and dtype come to.
+            size: bytes of one part; None: all that its shape and dtype come to.
         """
-        sizes = [(path, on_host, (size or array_bytes)(leaf)) for path, on_host, leaf in _leaves(cache)]
+        sizes = [(part, array_bytes(part.array) if size is None else size(part)) for part in cache]
         return cls(
-            sum(each for _, _, each in sizes),
-            sum(each for path, _, each in sizes if not is_content(path)),
-            sum(each for _, on_host, each in sizes if on_host),
+            sum(each for _, each in sizes),
+            sum(each for part, each in sizes if not part.content),
+            sum(each for part, each in sizes if part.host),
         )
 
     @property
@@ -54,26 +96,6 @@ class CacheBytes:
         return self.total - self.host
 
 
-def array_bytes(leaf: Any) -> int:
-    """Bytes of an array, a tracer or a shape."""
-    return leaf.size * leaf.dtype.itemsize
-
-
-def is_content(path: tuple[Any, ...]) -> bool:
-    """Whether the leaf at a path of the cache's tree is keys, values or codes; statistics are those in a dict."""
-    if any(isinstance(step, jax.tree_util.DictKey) for step in path):
-        return False
-    names = [step.name for step in path if isinstance(step, jax.tree_util.GetAttrKey)]
-    return bool(names) and names[-1] in CONTENT
-
-
-def _leaves(cache: Any) -> Iterator[tuple[tuple[Any, ...], bool, Any]]:
-    """Every array with its path, and whether its part of the tree says that it lives on the host."""
-    parts = jax.tree_util.tree_leaves_with_path(cache, is_leaf=_on_host)
-    for above, part in parts:
-        for below, leaf in jax.tree_util.tree_leaves_with_path(part):
-            yield (*above, *below), _on_host(part), leaf
-
-
-def _on_host(node: Any) -> bool:
-    return getattr(type(node), "memory", None) == HOST
+def array_bytes(array: Any) -> int:
+    """Bytes of an array, a tracer, a shape or an abstract value."""
+    return array.size * array.dtype.itemsize

@@ -4,7 +4,6 @@ The cache is built, not estimated: the same code runs over shapes, so positions,
 padding are all in it, and a policy that cannot serve the model refuses it as it would refuse the real one.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ import kvx
 from kvx.buckets import bucket
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
-from kvx.eval.cache_bytes import CacheBytes
+from kvx.eval.cache_bytes import CacheBytes, Part, parts
 from kvx.eval.live_bytes import device_bytes
 from kvx.eval.plan.tiles import tiled_bytes
 from kvx.mesh import RULES, Placement, place_cache, place_parameters
@@ -33,14 +32,18 @@ class AbstractPrefill:
     """What one prefill comes to.
 
     Attributes:
-        cache: with shapes for arrays.
-        trace: the run of programs that makes it (`kvx.eval.live_bytes`).
+        cache: its arrays, as shapes.
+        tree: how they make up a `KVCache`.
+        read: bytes of it that a decode step reads; None where its data say.
         bound: only the data say how many slots a layer needs, so the cache is the largest that any prompt may need.
+        trace: the run of programs that makes it (`kvx.eval.live_bytes`).
     """
 
-    cache: KVCache
-    trace: ClosedJaxpr
+    cache: tuple[Part, ...]
+    tree: Any
+    read: int | None
     bound: bool
+    trace: ClosedJaxpr
 
 
 def abstract_prefill(model: Decoder, policy: Policy, context: int, rows: int, room: int) -> AbstractPrefill:
@@ -53,20 +56,30 @@ def abstract_prefill(model: Decoder, policy: Policy, context: int, rows: int, ro
     Raises:
         BadInput: what `kvx.prefill` refuses: a policy that cannot serve the model, more positions than it has.
     """
-    lengths = np.full(rows, context, np.int32)
+    known = np.full(rows, context, np.int32)
+    found: list[Any] = []
+
+    def run(model: Decoder, tokens: Any, lengths: Any) -> Any:
+        # With lengths that are data too, a policy that counts what it keeps takes its worst case and asks nothing.
+        given = lengths if policy.measures else known
+        logits, cache = kvx.prefill(model, tokens, policy, given, max_new_tokens=bucket(room))
+        found.extend((parts(cache), jax.tree.structure(cache), _step_bytes(cache)))
+        return logits, jax.tree.leaves(cache)
+
     tokens = jax.ShapeDtypeStruct((rows, bucket(context)), jnp.int32)
+    trace = jax.make_jaxpr(run)(shapes(model), tokens, shapes(known))
+    cache, tree, read = found
+    cache = tuple(part._replace(array=shapes(part.array)) for part in cache)
+    return AbstractPrefill(cache, tree, read, policy.measures, trace)
 
-    def known(model: Decoder, tokens: Any) -> Any:
-        return kvx.prefill(model, tokens, policy, lengths, max_new_tokens=bucket(room))
 
-    def unknown(model: Decoder, tokens: Any, lengths: Any) -> Any:
-        return kvx.prefill(model, tokens, policy, lengths, max_new_tokens=bucket(room))
-
-    # With lengths that are data too, a policy that counts what it keeps takes its worst case and asks nothing.
-    run: Callable[..., Any] = unknown if policy.measures else known
-    given = (shapes(model), tokens, *((shapes(lengths),) if policy.measures else ()))
-    trace, (_, cache) = jax.make_jaxpr(run, return_shape=True)(*given)
-    return AbstractPrefill(cache, trace, policy.measures)
+def _step_bytes(cache: KVCache) -> int | None:
+    """Bytes that a decode step reads, of a cache of tracers."""
+    try:
+        found = [store.bytes_read() for store in cache.layers]
+    except jax.errors.ConcretizationTypeError:
+        return None
+    return sum(found) if all(isinstance(each, int) for each in found) else None
 
 
 def shapes(tree: Tree) -> Tree:
@@ -74,36 +87,14 @@ def shapes(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-@dataclass(frozen=True)
-class AbstractCaches:
-    """Caches of any number of rows, from those of one row and of two: every axis of every array grows evenly."""
+def grown(one: tuple[Part, ...], two: tuple[Part, ...], rows: int) -> tuple[Part, ...]:
+    """The cache of any batch, from those of one row and of two: every axis of every array grows evenly."""
 
-    one: KVCache
-    two: KVCache
+    def array(one: Any, two: Any) -> Any:
+        axes = zip(one.shape, two.shape, strict=True)
+        return jax.ShapeDtypeStruct(tuple(a + (rows - 1) * (b - a) for a, b in axes), one.dtype)
 
-    def rows(self, count: int) -> KVCache:
-        """The cache of a batch, as shapes."""
-
-        def grown(one: Any, two: Any) -> Any:
-            axes = zip(one.shape, two.shape, strict=True)
-            return jax.ShapeDtypeStruct(tuple(a + (count - 1) * (b - a) for a, b in axes), one.dtype)
-
-        return jax.tree.map(grown, self.one, self.two)
-
-
-def step_bytes(cache: KVCache) -> int | None:
-    """Bytes of the cache that a decode step reads, where shapes alone say it; None where its data do."""
-    found: list[Any] = []
-
-    def ask(cache: KVCache) -> int:
-        found.extend(store.bytes_read() for store in cache.layers)
-        return 0
-
-    try:
-        jax.eval_shape(ask, cache)
-    except jax.errors.ConcretizationTypeError:
-        return None
-    return sum(found) if all(isinstance(each, int) for each in found) else None
+    return tuple(first._replace(array=array(first.array, second.array)) for first, second in zip(one, two, strict=True))
 
 
 @dataclass(frozen=True)
@@ -126,9 +117,15 @@ class Split:
         placed = place_parameters(self._placement, shapes(model))
         return sum(self._part(leaf) for leaf in jax.tree.leaves(placed))
 
-    def cache(self, cache: KVCache, rows: int, kv_heads: int) -> CacheBytes:
+    def cache(self, cache: tuple[Part, ...], rows: int, kv_heads: int) -> CacheBytes:
         """Bytes of a cache on one chip."""
-        return CacheBytes.of(place_cache(self._placement, cache, rows, kv_heads), self._part)
+
+        def size(part: Part) -> int:
+            if part.whole:
+                return self._part(self._placement.put(part.array, ()))
+            return self._part(place_cache(self._placement, part.array, rows, kv_heads))
+
+        return CacheBytes.of(cache, size)
 
     def array(self, aval: Any, rows: int, kv_heads: int) -> int:
         """Bytes on one chip of an array that a prefill makes, placed as those of a cache."""

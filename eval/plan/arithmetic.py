@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvx.context import Spec
-from kvx.decoder import Decoder
+from kvx.decoder import AttentionSpec, Decoder
 from kvx.policy import Policy
 
 
@@ -25,8 +25,7 @@ def prompt_operations(model: Decoder, policy: Policy, length: int, width: int) -
     """
     layers = len(model.blocks)
     going, total = length, 0.0
-    for layer, block in enumerate(model.blocks):
-        attention = block.expanded.spec
+    for layer, (block, attention) in enumerate(zip(model.blocks, _attention(model), strict=True)):
         pairs = going * going / 2
         total += 2.0 * entries(block) * going
         total += 2.0 * attention.heads * (attention.key_dim + attention.value_dim) * pairs
@@ -46,6 +45,13 @@ def entries(module: Any) -> int:
     leaves = jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, nnx.Variable))
     arrays = [leaf.get_value() for leaf in leaves if isinstance(leaf, nnx.Param)]
     return sum(array.size for array in arrays if array.ndim > 1)
+
+
+def _attention(model: Decoder) -> list[AttentionSpec]:
+    """Of each layer, in the form for whole texts; traced, since a model of shapes cannot be taken apart."""
+    found: list[AttentionSpec] = []
+    jax.eval_shape(lambda model: found.extend(block.expanded.spec for block in model.blocks), model)
+    return found
 
 
 def _logits(model: Decoder) -> float:

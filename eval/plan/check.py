@@ -12,6 +12,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from kvx.errors import BadInput
 from kvx.eval.live_bytes import Scratch, most_alive
+from kvx.eval.plan.abstract import AbstractPrefill
 from kvx.eval.plan.chips import Chip
 from kvx.eval.plan.planning import Planner
 from kvx.kernels.implementations import compiling_for
@@ -68,15 +69,15 @@ def check(planner: Planner, policy: Policy) -> Checked:
     job = planner.job
     topology = topology_of(job.machine.chip, job.machine.chips)
     devices = _devices(topology)[: job.machine.chips]
-    cache = planner.prefill(policy, job.context, job.batch).cache
-    split, heads = planner.split, planner.kv_heads
-    predicted = split.parameters(planner.model) + split.cache(cache, job.batch, heads).device
+    prefill = planner.prefill(policy, job.context, job.batch)
+    cache = planner.split.cache(prefill.cache, job.batch, planner.kv_heads)
+    predicted = planner.split.parameters(planner.model) + cache.device
     # What was traced for this machine chose this machine's kernels: the compiler of another must not find it.
     jax.clear_caches()
     begin = time.perf_counter()
     try:
         with compiling_for("tpu"):
-            arguments, temporaries = _decode_step(planner, policy, cache, devices)
+            arguments, temporaries = _decode_step(planner, policy, prefill, devices)
             peak = _prefill_peak(planner, policy, devices[0]) if len(devices) == 1 else None
     except jax.errors.JaxRuntimeError as error:
         if _FULL not in str(error):
@@ -102,13 +103,14 @@ def topology_of(chip: Chip, chips: int) -> str:
     return found[0]
 
 
-def _decode_step(planner: Planner, policy: Policy, cache: Any, devices: list[Any]) -> tuple[int, int]:
+def _decode_step(planner: Planner, policy: Policy, prefill: AbstractPrefill, devices: list[Any]) -> tuple[int, int]:
     """Bytes of a decode step's arguments and temporaries on a chip."""
     model = place_model(planner.model, Mesh(np.asarray(devices), ("tensor",)))
     placement = placement_of(model)
     assert placement is not None, "the model was placed"
     batch = planner.job.batch
-    cache = place_cache(placement, cache, batch, planner.kv_heads)
+    shapes = jax.tree.unflatten(prefill.tree, [part.array for part in prefill.cache])
+    cache = place_cache(placement, shapes, batch, planner.kv_heads)
     token = placement.put(jax.ShapeDtypeStruct((batch,), jnp.int32), ("rows",))
 
     def step(model: Any, token: Any, cache: Any) -> Any:

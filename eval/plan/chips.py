@@ -45,9 +45,9 @@ def _cube(name: str) -> tuple[tuple[int, str], ...]:
     return tuple((n, f"{name}:{shape}") for n, shape in shapes)
 
 
-# TPUs: Google Cloud's documentation, "System architecture" of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p,
-# v6e), for operations, capacity and bandwidth. Their link to the host: "How to Scale Your Model" (Google DeepMind 2025,
-# jax-ml.github.io/scaling-book/tpus), "typically around 1.5e10 bytes / second per chip" and 32 GB/s for v6e.
+# TPUs: Google Cloud's documentation (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e), "System architecture", for
+# operations, capacity and bandwidth. Their link to the host: "How to Scale Your Model" (Google DeepMind 2025,
+# jax-ml.github.io/scaling-book/tpus), about 1.5e10 bytes/s a chip, and 32 GB/s for v6e.
 # H100, H200: NVIDIA's data sheets of the SXM5 modules; their operations are half of what is printed there "with
 # sparsity". MI300X: AMD's data sheet. All three: PCIe 5.0 x16, whose 128 GB/s are those of both directions.
 _ALL = (

@@ -7,11 +7,10 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from kvx.buckets import bucket, edges
-from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.eval.cache_bytes import CacheBytes
 from kvx.eval.live_bytes import most_alive
-from kvx.eval.plan.abstract import AbstractCaches, AbstractPrefill, Split, abstract_prefill, shapes, step_bytes
+from kvx.eval.plan.abstract import AbstractPrefill, Split, abstract_prefill, grown, shapes
 from kvx.eval.plan.arithmetic import prompt_operations, token_operations
 from kvx.eval.plan.roofline import (
     Load,
@@ -152,17 +151,19 @@ class Planner:
 
     def load(self, policy: Policy, context: int) -> Load:
         """What the policy asks of the machine."""
-        one, two = (self.prefill(policy, context, rows).cache for rows in (1, 2))
-        caches = AbstractCaches(one, two)
-        read = step_bytes(two)
+        one, two = (self.prefill(policy, context, rows) for rows in (1, 2))
+
+        def cache(rows: int) -> int:
+            return self.split.cache(grown(one.cache, two.cache, rows), rows, self.kv_heads).device
+
         weights = self.split.parameters(self.model) + policy.nbytes
         looked_up = 0 if self.model.head is None else self.split.parameters(self.model.embedding)
         return Load(
             weights=weights,
             weights_read=weights - looked_up,
-            cache=lambda rows: self.split.cache(caches.rows(rows), rows, self.kv_heads).device,
-            reads=1.0 if read is None else read / CacheBytes.of(two).total,
-            user=replace(self.split, tiled=False).cache(one, 1, self.kv_heads).device,
+            cache=cache,
+            reads=1.0 if two.read is None else two.read / CacheBytes.of(two.cache).total,
+            user=replace(self.split, tiled=False).cache(one.cache, 1, self.kv_heads).device,
             prompt=prompt_operations(self.model, policy, context, bucket(context)),
             step=token_operations(self.model),
         )
@@ -171,7 +172,7 @@ class Planner:
         job, machine = self.job, self.job.machine
         load = self.load(policy, job.context)
         prefill = self.prefill(policy, job.context, job.batch)
-        whole_cache, read = CacheBytes.of(prefill.cache), step_bytes(prefill.cache)
+        whole_cache = CacheBytes.of(prefill.cache)
         alive = most_alive(prefill.trace, lambda aval: self.split.array(aval, job.batch, self.kv_heads))
         peak = load.weights + alive
         step = step_seconds(load, machine, job.batch)
@@ -183,7 +184,7 @@ class Planner:
             metadata=whole_cache.metadata,
             host=whole_cache.host,
             share=whole_cache.total / self.full,
-            read=read,
+            read=prefill.read,
             weights=load.weights,
             resident=load.cache(job.batch),
             peak=peak,

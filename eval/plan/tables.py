@@ -47,9 +47,13 @@ FIGURES = (
         "read a step", ("read",), "sum over layers of what a step reads of their stores; all, where the data decide",
         lambda plan: _at_most(plan.read is None) + size(plan.cache - plan.host if plan.read is None else plan.read),
     ),
-    Figure("weights on a chip", ("weights",), "W: parameters, and what the policy learned", lambda plan: size(plan.weights)),
     Figure(
-        "cache on a chip", ("resident", "fits"), "C(u), split over N chips where N divides the KV heads; fits if W + C(u) <= M",
+        "weights on a chip", ("weights",), "W: parameters, and what the policy learned",
+        lambda plan: size(plan.weights),
+    ),
+    Figure(
+        "cache on a chip", ("resident", "fits"),
+        "C(u), split over N chips where N divides the KV heads; fits if W + C(u) <= M",
         lambda plan: size(plan.resident) + ("" if plan.fits else ", does not fit"),
     ),
     Figure(
@@ -58,7 +62,8 @@ FIGURES = (
         lambda plan: size(plan.peak) + ("" if plan.prefill_fits else ", does not fit"),
     ),
     Figure(
-        "largest batch", ("largest_batch",), "U = the largest u with W + C(u) <= M", lambda plan: f"{plan.largest_batch}"
+        "largest batch", ("largest_batch",), "U = the largest u with W + C(u) <= M",
+        lambda plan: f"{plan.largest_batch}",
     ),
     Figure(
         "largest context", ("largest_context", "limited"),
@@ -70,8 +75,12 @@ FIGURES = (
         lambda plan: duration(plan.prefill_seconds),
     ),
     Figure(
-        "one step", ("step_seconds", "tokens_per_second"), "T_step = max((W_read + r C(u)) / BW, u FLOP(1) / (N F)); u / T_step tokens/s",
-        lambda plan: _at_most(plan.read is None) + f"{duration(plan.step_seconds)}, {plan.tokens_per_second:.0f} tokens/s",
+        "one step", ("step_seconds",), "T_step = max((W_read + r C(u)) / BW, u FLOP(1) / (N F))",
+        lambda plan: _at_most(plan.read is None) + duration(plan.step_seconds),
+    ),
+    Figure(
+        "tokens a second", ("tokens_per_second",), "u / T_step",
+        lambda plan: ("at least " if plan.read is None else "") + f"{plan.tokens_per_second:.0f}",
     ),
     Figure("context switch", ("switch_seconds",), "T_sw = 2 KV / X", lambda plan: duration(plan.switch_seconds)),
     Figure(
