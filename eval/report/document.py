@@ -22,9 +22,11 @@ from kvx.eval.report.study import Study
 
 PAGE = "report.html"
 
+STYLES = ("colours", "text", "controls", "figures", "media")
+
 SCRIPTS = (
     "elements", "numbers", "scales", "marks", "tooltip", "placing", "legend", "axes", "frontier", "depths", "budgets",
-    "kept", "costs", "table", "start",
+    "strips", "layers", "prompt", "kept", "costs", "table", "start",
 )  # fmt: skip
 """In the order in which the page reads them: every file uses only those before it."""
 
@@ -78,8 +80,9 @@ BUDGETS = Section(
 KEPT = Section(
     "kept",
     "What is kept of a prompt",
-    "Each token is shaded by the share of (layer, KV head) pairs that kept it; what none kept is grey. The image shows "
-    "the same by layer, the first at the top; choose a place in it to read there.",
+    "The prompt from left to right, a strip a policy, shaded by the share of (layer, KV head) pairs that kept a token. "
+    "Choose one: the image below shows it by layer, the first at the top, and the text by token; what none kept is "
+    "grey. Choose a place in the image to read there.",
 )
 COSTS = Section(
     "costs",
@@ -121,9 +124,9 @@ def report(study: Study) -> str:
     data = payload(study)
     sections = _sections(data)
     page = files("kvx.eval.report") / "page"
-    style = (page / "page.css").read_text("utf-8")
-    script = "".join(f"\n// {name}\n{(page / f'{name}.js').read_text('utf-8')}" for name in SCRIPTS)
-    script = f'(() => {{\n"use strict";{script}}})();\n'
+    style = "\n".join((page / f"{name}.css").read_text("utf-8") for name in STYLES)
+    script = "\n".join((page / f"{name}.js").read_text("utf-8") for name in SCRIPTS)
+    script = f'(() => {{\n"use strict";\n{script}}})();\n'
     return Template((page / "page.html").read_text("utf-8")).substitute(
         security=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
         "form-action 'none'",

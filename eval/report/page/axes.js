@@ -15,7 +15,9 @@ const drawAxes = (frame, x, y, { xTick, yTick, xTitle, yTitle }) =>
     ]),
     svg("line", { class: "base", x1: frame.left, x2: frame.right, y1: frame.bottom, y2: frame.bottom }),
     svg("text", { class: "title", x: frame.right, y: frame.bottom + 30, "text-anchor": "end" }, xTitle),
-    yTitle ? svg("text", { class: "title", x: frame.left - 36, y: frame.top - 9, "text-anchor": "start" }, yTitle) : null,
+    yTitle
+      ? svg("text", { class: "title", x: frame.left - 36, y: frame.top - 9, "text-anchor": "start" }, yTitle)
+      : null,
   );
 
 const path = (points) => points.map(([x, y], index) => `${index ? "L" : "M"}${x.toFixed(1)},${y.toFixed(1)}`).join("");

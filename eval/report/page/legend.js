@@ -7,7 +7,9 @@ const announce = () => shown.listeners.forEach((draw) => draw());
 
 // Everything else steps back while a family is pointed at.
 const single = (family) =>
-  document.querySelectorAll("[data-family]").forEach((node) => node.classList.toggle("faded", family !== null && node.dataset.family !== String(family)));
+  document
+    .querySelectorAll("[data-family]")
+    .forEach((node) => node.classList.toggle("faded", family !== null && node.dataset.family !== String(family)));
 
 // The first choice among all is of one alone; later ones join it or leave it.
 const toggles = (values, chosen, content, attributes = () => ({})) => {
@@ -42,15 +44,45 @@ const drawLegend = (node, looks, modes, named) => {
     shown.families,
     (family) => {
       const look = samples.find((each) => each.familyIndex === family);
-      return [svg("svg", { width: 14, height: 14, viewBox: "-7 -7 14 14", "aria-hidden": "true" }, symbol({ ...look, colour: look.hue }, 0, 0)), look.family];
+      return [
+        svg(
+          "svg",
+          { width: 14, height: 14, viewBox: "-7 -7 14 14", "aria-hidden": "true" },
+          symbol({ ...look, colour: look.hue }, 0, 0),
+        ),
+        look.family,
+      ];
     },
-    (family) => ({ onmouseenter: () => single(family), onmouseleave: () => single(null), onfocus: () => single(family), onblur: () => single(null) }),
+    (family) => ({
+      onmouseenter: () => single(family),
+      onmouseleave: () => single(null),
+      onfocus: () => single(family),
+      onblur: () => single(null),
+    }),
   );
   const order = toggles(modes, shown.modes, (mode) => named[mode] ?? mode);
-  const all = html("button", { type: "button", class: "plain", onclick: () => { families.all(); order.all(); } }, "show all");
+  const all = html(
+    "button",
+    {
+      type: "button",
+      class: "plain",
+      onclick: () => {
+        families.all();
+        order.all();
+      },
+    },
+    "show all",
+  );
   const hint = html("span", { class: "hint" }, "Choose names to see them alone,", all);
   node.append(
-    html("div", { class: "chips", role: "group", "aria-label": "Policies shown" }, families.buttons, modes.length > 1 ? null : hint),
-    modes.length > 1 ? html("div", { class: "chips", role: "group", "aria-label": "What a policy knew of the question" }, order.buttons, hint) : "",
+    html("div", { class: "chips", role: "group", "aria-label": "Policies shown" }, families.buttons),
+    modes.length > 1
+      ? html(
+          "div",
+          { class: "chips modes", role: "group", "aria-label": "What a policy knew of the question" },
+          order.buttons,
+        )
+      : "",
+    hint,
   );
 };

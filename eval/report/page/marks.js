@@ -6,12 +6,18 @@ const SHAPES = [
   (r) => `M0,${-r * 1.2}L${r * 1.12},${r * 0.8}H${-r * 1.12}Z`,
   (r) => `M0,${-r * 1.3}L${r * 1.1},0L0,${r * 1.3}L${-r * 1.1},0Z`,
   (r) => `M0,${r * 1.2}L${r * 1.12},${-r * 0.8}H${-r * 1.12}Z`,
-  (r) => `M${-r * 0.45},${-r * 1.15}h${r * 0.9}v${r * 0.7}h${r * 0.7}v${r * 0.9}h${-r * 0.7}v${r * 0.7}h${-r * 0.9}v${-r * 0.7}h${-r * 0.7}v${-r * 0.9}h${r * 0.7}Z`,
+  (r) => {
+    const a = 0.45 * r;
+    const b = 0.7 * r;
+    return `M${-a},${-a - b}h${2 * a}v${b}h${b}v${2 * a}h${-b}v${b}h${-2 * a}v${-b}h${-b}v${-2 * a}h${b}Z`;
+  },
 ];
 
 const lookOf = (data) => {
   const families = unique(data.policies.map((policy) => policy.family));
-  const coloured = families.filter((family) => !data.policies.some((policy) => policy.full && policy.family === family));
+  const coloured = families.filter(
+    (family) => !data.policies.some((policy) => policy.full && policy.family === family),
+  );
   // A family's budgets by the bytes that they keep where both are known, else in the order of the job.
   const shares = grouped(data.rows, (row) => row.policy);
   const size = (policy) => {
@@ -19,18 +25,21 @@ const lookOf = (data) => {
     return rows.length ? rows.reduce((sum, row) => sum + row.share, 0) / rows.length : policy;
   };
   return data.policies.map((policy, index) => {
-    const family = families.indexOf(policy.family), place = coloured.indexOf(policy.family);
-    const members = data.policies.map((_, other) => other).filter((other) => data.policies[other].family === policy.family);
+    const family = families.indexOf(policy.family);
+    const place = coloured.indexOf(policy.family);
+    const members = data.policies
+      .map((_, other) => other)
+      .filter((other) => data.policies[other].family === policy.family);
     const rank = members.sort((a, b) => size(a) - size(b)).indexOf(index);
     const strength = members.length > 1 ? 50 + (50 * rank) / (members.length - 1) : 100;
+    const hue = place < 0 ? "var(--ink)" : `var(--family-${place % HUES})`;
     return {
       ...policy,
       index,
       familyIndex: family,
-      hue: place < 0 ? "var(--ink)" : `var(--family-${place % HUES})`,
-      colour: `color-mix(in oklab, ${place < 0 ? "var(--ink)" : `var(--family-${place % HUES})`} ${strength}%, var(--paper))`,
+      hue,
+      colour: `color-mix(in oklab, ${hue} ${strength}%, var(--paper))`,
       shape: SHAPES[place < 0 ? 0 : (place + Math.floor(place / HUES)) % SHAPES.length],
-      rank,
     };
   });
 };
@@ -55,6 +64,10 @@ const heatKey = (low, high) =>
     "p",
     { class: "key" },
     low,
-    html("span", { class: "ramp", "aria-hidden": "true" }, Array.from({ length: 16 }, (_, level) => html("i", { background: heat(level / 15) }))),
+    html(
+      "span",
+      { class: "ramp", "aria-hidden": "true" },
+      Array.from({ length: 16 }, (_, level) => html("i", { background: heat(level / 15) })),
+    ),
     high,
   );

@@ -28,8 +28,11 @@ const logarithmic = (low, high, from, to, { wanted = 6, zero = null } = {}) => {
 };
 
 const doubling = (values, from, to) => {
-  const low = Math.min(...values), high = Math.max(...values);
-  return Object.assign(logarithmic(low, high * (low === high ? 2 : 1), from, to), { ticks: unique(values).sort((a, b) => a - b) });
+  const low = Math.min(...values);
+  const high = Math.max(...values);
+  return Object.assign(logarithmic(low, high * (low === high ? 2 : 1), from, to), {
+    ticks: unique(values).sort((a, b) => a - b),
+  });
 };
 
 // Quality, so that up is better whatever the score: scores between 0 and 1 on all of it, others on what they span;
@@ -38,12 +41,15 @@ const quality = (rows, bottom, top) => {
   const ends = rows.flatMap((row) => row.score.slice(0, 3));
   const lower = rows.some((row) => row.lower);
   if (!lower && ends.every((end) => end >= 0 && end <= 1)) return linear(-0.03, 1.03, bottom, top);
-  const least = Math.min(...ends), most = Math.max(...ends);
+  const least = Math.min(...ends);
+  const most = Math.max(...ends);
   const positive = rows.map((row) => row.score[0]).filter((mean) => mean > 0);
   if (lower && positive.length && Math.max(...positive) > 8 * Math.min(...positive)) {
     const floor = Math.min(...positive) / 2.5;
     const exact = rows.some((row) => row.score[0] <= 0);
-    return logarithmic(exact ? floor / 1.3 : floor, Math.max(most, ...positive) * 1.2, top, bottom, { zero: exact ? floor : null });
+    return logarithmic(exact ? floor / 1.3 : floor, Math.max(most, ...positive) * 1.2, top, bottom, {
+      zero: exact ? floor : null,
+    });
   }
   const room = 0.06 * (most - least || Math.abs(most) || 1);
   return lower ? linear(least - room, most + room, top, bottom) : linear(least - room, most + room, bottom, top);

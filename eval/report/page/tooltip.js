@@ -4,7 +4,11 @@ const tooltip = document.getElementById("tooltip");
 const say = (title, facts, x, y) => {
   tooltip.replaceChildren(
     html("strong", {}, title),
-    html("dl", {}, facts.filter(Boolean).map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, value)))),
+    html(
+      "dl",
+      {},
+      facts.filter(Boolean).map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, value))),
+    ),
   );
   tooltip.hidden = false;
   const { width, height } = tooltip.getBoundingClientRect();
@@ -28,21 +32,34 @@ const explore = (picture, targets, reach = 26) => {
   const ordered = [...targets].sort((a, b) => a.x - b.x || a.y - b.y);
   let at = -1;
   const show = (target) => {
-    const box = picture.getBoundingClientRect(), zoom = box.width / picture.viewBox.baseVal.width;
+    const box = picture.getBoundingClientRect();
+    const zoom = box.width / picture.viewBox.baseVal.width;
     at = ordered.indexOf(target);
     ring.setAttribute("cx", target.x);
     ring.setAttribute("cy", target.y);
     ring.setAttribute("visibility", "visible");
-    say(target.title, target.facts(), box.left + target.x * zoom, box.top + target.y * zoom);
+    const same = unique(
+      ordered.filter((each) => Math.hypot(each.x - target.x, each.y - target.y) < 2).map((each) => each.title),
+    );
+    const others = same.filter((title) => title !== target.title);
+    say(
+      target.title,
+      [...target.facts(), others.length && ["also here", others.join(", ")]],
+      box.left + target.x * zoom,
+      box.top + target.y * zoom,
+    );
   };
   const leave = () => {
     ring.setAttribute("visibility", "hidden");
     hush();
   };
   picture.addEventListener("pointermove", (event) => {
-    const box = picture.getBoundingClientRect(), zoom = picture.viewBox.baseVal.width / box.width;
-    const x = (event.clientX - box.left) * zoom, y = (event.clientY - box.top) * zoom;
-    let nearest = null, distance = reach;
+    const box = picture.getBoundingClientRect();
+    const zoom = picture.viewBox.baseVal.width / box.width;
+    const x = (event.clientX - box.left) * zoom;
+    const y = (event.clientY - box.top) * zoom;
+    let nearest = null;
+    let distance = reach;
     for (const target of ordered) {
       const away = Math.hypot(target.x - x, target.y - y);
       if (away < distance) [nearest, distance] = [target, away];

@@ -14,7 +14,7 @@ import pytest
 from kvx.errors import BadInput
 from kvx.eval.records import Cell
 from kvx.eval.report import Study, report, write_report
-from kvx.eval.report.document import SCRIPTS
+from kvx.eval.report.document import SCRIPTS, STYLES
 from tests.eval.report import example
 
 SVG = "http://www.w3.org/2000/svg"
@@ -98,10 +98,11 @@ def test_the_security_policy_allows_this_style_and_this_script_and_nothing_else(
     assert " style=" not in page and not re.search(r"<[^>]+\son[a-z]+=", page)
 
 
-def test_every_script_file_is_part_of_the_page(page):
-    found = {each.name for each in (files("kvx.eval.report") / "page").iterdir() if each.name.endswith(".js")}
-    assert found == {f"{name}.js" for name in SCRIPTS}
-    assert all(f"\n// {name}\n" in page for name in SCRIPTS)
+def test_every_file_beside_the_code_is_part_of_the_page(page):
+    folder = files("kvx.eval.report") / "page"
+    parts = {*(f"{name}.js" for name in SCRIPTS), *(f"{name}.css" for name in STYLES)}
+    assert {each.name for each in folder.iterdir()} == parts | {"page.html"}
+    assert all((folder / name).read_text("utf-8") in page for name in parts)
 
 
 def test_hostile_text_stays_text():
