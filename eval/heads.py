@@ -240,7 +240,8 @@ def command(
         return
     console = Console()
     console.print(table(report))
-    console.print(f"\n{len(report.heads)} heads keep everything, chosen by {by}: {report.policy}", highlight=False)
+    console.print(f"\n{len(report.heads)} heads keep everything, chosen by {by}:", highlight=False)
+    console.print(report.policy, highlight=False, soft_wrap=True)
     sunk = f"{report.sinks['rate']:.1f} % of heads give the first of {report.sinks['tokens']} tokens more than 0.3"
     console.print(f"{sunk} of their attention (Sink_1)", highlight=False)
 

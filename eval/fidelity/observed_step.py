@@ -13,6 +13,7 @@ from kvx.decoder import Decoder
 from kvx.evidence import GENERATED
 from kvx.kernels.merge_partials import Partial
 from kvx.loop import decode_layer, marked, project
+from kvx.mesh import place_cache, place_rows, placement_of
 from kvx.policy import Layer, Policy
 from kvx.pytree import pytree
 from kvx.query import Query, to_heads
@@ -41,9 +42,11 @@ def observed_step(
     Returns:
         float32 logits, the cache after the step, and every layer's look.
     """
-    x, layers = model.embed(token[:, None]), len(model.blocks)
+    placement = placement_of(model)
+    tokens = place_rows(placement, token[:, None])
+    x, layers = model.embed(tokens), len(model.blocks)
     positions, seen = cache.next[:, None], cache.next + 1
-    marks = {"id": token[:, None], "label": jnp.full_like(token[:, None], GENERATED)}
+    marks = {"id": tokens, "label": jnp.full_like(tokens, GENERATED)}
     storage, states, carry, looks = cache.storage, [], None, []
     for index, (block, where) in enumerate(zip(model.blocks, cache.places, strict=True)):
         context = Context(jnp.int32(index), cache.next, Spec(block.spec, layers, prompt=0, shortest=0, room=0))
@@ -55,6 +58,7 @@ def observed_step(
         reading = _Reading(here.stages, here.text)
         out, layer, (carry, store) = decode_layer(reading, layer, query, fresh, carry, seen, context)
         looks.append(look(index, store, query, out))
+        layer = place_cache(placement, layer, len(tokens), block.spec.kv_heads)
         storage = where.save(storage, layer.store)
         states.append(layer.states)
         x = block.finish(x, to_heads(out).astype(x.dtype))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from rich.console import Console
 
 import kvx
 from kvx.decoder import Decoder
@@ -32,6 +33,7 @@ def fidelity_records(
     prompt: int,
     forced: int,
     seed: int,
+    console: Console | None = None,
 ) -> Iterator[Record]:
     """The records of a task named "fidelity", whose score is the divergence: less is better, 0 is the full cache.
 
@@ -47,6 +49,7 @@ def fidelity_records(
         prompt: tokens of each that are prefilled.
         forced: tokens of each that are forced, at least 2.
         seed: of where in the prose the first document begins.
+        console: where progress goes; None: standard error.
 
     Raises:
         BadInput: prose too short for so many documents; see `fidelity`.
@@ -54,8 +57,9 @@ def fidelity_records(
     texts = seeded_documents(tokenizer, prose, documents, prompt + forced, seed)
     cell = Cell(model_name, TASK, prompt + forced, "agnostic")
     for first in range(0, len(policies), TOGETHER):
-        for found in fidelity(decoder, texts, prompt, policies[first : first + TOGETHER]):
-            yield from _records(cell, texts, found)
+        for found in fidelity(decoder, texts, prompt, policies[first : first + TOGETHER], console=console):
+            for index, text in enumerate(texts):
+                yield fidelity_record(cell, index, text, found, index)
 
 
 def seeded_documents(tokenizer: Any, prose: Prose, count: int, length: int, seed: int) -> Int[np.ndarray, "B T"]:
@@ -65,22 +69,29 @@ def seeded_documents(tokenizer: Any, prose: Prose, count: int, length: int, seed
     return documents_of(tokenizer, paragraphs[first:] + paragraphs[:first], count, length)
 
 
-def _records(cell: Cell, texts: Int[np.ndarray, "B T"], found: Fidelity) -> Iterator[Record]:
-    measures, divergence = found.measures(), found.divergence
-    for index, text in enumerate(texts):
-        yield Record(
-            cell,
-            found.policy,
-            index,
-            sha256=hashlib.sha256(np.asarray(text, "<i4").tobytes()).hexdigest(),
-            tokens=len(text),
-            depth=None,
-            answers=(),
-            expected=(),
-            scores=(float(divergence[index]),),
-            measures={name: float(values[index]) for name, values in measures.items()},
-            cache_bytes=found.cache_bytes,
-            bf16_bytes=found.bf16_bytes,
-            bytes_read=found.bytes_read,
-            policy_bytes=found.policy_bytes,
-        )
+def fidelity_record(cell: Cell, index: int, text: Int[np.ndarray, "T"], found: Fidelity, row: int) -> Record:
+    """The record of one document.
+
+    Args:
+        cell: where it belongs.
+        index: of the document in the cell.
+        text: its token ids.
+        found: what was measured.
+        row: of the document in what was measured.
+    """
+    return Record(
+        cell,
+        found.policy,
+        index,
+        sha256=hashlib.sha256(np.asarray(text, "<i4").tobytes()).hexdigest(),
+        tokens=len(text),
+        depth=None,
+        answers=(),
+        expected=(),
+        scores=(float(found.divergence[row]),),
+        measures={name: float(values[row]) for name, values in found.measures().items()},
+        cache_bytes=found.cache_bytes,
+        bf16_bytes=found.bf16_bytes,
+        bytes_read=found.bytes_read,
+        policy_bytes=found.policy_bytes,
+    )
