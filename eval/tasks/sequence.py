@@ -13,6 +13,7 @@ from kvx.eval.tasks.source import Source, random_of, spread
 from kvx.eval.tasks.vocabulary import vocabulary
 
 _TASK = "A list of words is hidden in the text below. Memorise it. I will ask you for it after the text.\n\n"
+_OPENING = "The list of words is:"  # of the sentence, and of the answer
 
 
 def word_accuracy(answer: str, question: Question) -> float:
@@ -37,7 +38,7 @@ def copy(source: Source, length: int, count: int, seed: int, *, items: int = 16)
         items: words of the list.
     """
     asked = "Repeat the list of words from the text above in the same order, from the first word to the last."
-    return _samples(source, length, count, seed, "copy", items, asked, "The list of words is:", list)
+    return _samples(source, length, count, seed, "copy", items, asked, _OPENING, list)
 
 
 @task("reverse", score=word_accuracy, group="sequence")
@@ -70,7 +71,7 @@ def _samples(
         drawn = [words[at] for at in random.choice(len(words), items, replace=False)]
         right = " ".join(order(drawn))
         question = Question(f"\n\n{asked}\n", (right,), opening, new_tokens=room(source, right), stop=(".", "\n"))
-        needle = (spread(index, count), f"Remember this list of words: {' '.join(drawn)}.")
+        needle = (spread(index, count), f"{_OPENING} {' '.join(drawn)}.")
         build = planted(_TASK, Haystack.of(source, random), [needle], [question], [0])
         found.append(source.largest(build, length, name))
     return found

@@ -30,7 +30,7 @@ def many_shot(prompt: str) -> str:
 
 def copy(prompt: str) -> str:
     """The words as they stand in the list."""
-    return _only(re.findall(r"Remember this list of words: (.+?)\.", prompt))
+    return _only(re.findall(r"The list of words is: (.+?)\.", prompt))
 
 
 def reverse(prompt: str) -> str:

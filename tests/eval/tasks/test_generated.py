@@ -67,13 +67,12 @@ def test_the_first_right_answer_scores_1_and_silence_and_the_prose_score_0(made,
         assert score("These equivalences assume nothing.", question) == 0
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_another_questions_answer_scores_less(made, name):
-    """Of four samples no two have one answer, labels and results apart, of which there are few."""
+@pytest.mark.parametrize("name", sorted({*TASKS} - {"needle"}))
+def test_answers_cannot_be_guessed_from_those_of_other_samples(made, name):
+    """The needle's is one for all: hence its control. Labels are few, words of a sequence may recur."""
     score, questions = registry.find(name).score, [sample.questions[0] for sample in made(name)]
-    if name != "needle":
-        others = [score(other.answers[0], asked) for asked in questions for other in questions if other is not asked]
-        assert np.mean(others) < 0.5
+    others = [score(other.answers[0], asked) for asked in questions for other in questions if other is not asked]
+    assert np.mean(others) < 0.2
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -89,10 +88,10 @@ def test_an_answer_has_the_room_it_needs(made, source, name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_seed_gives_the_same_samples_and_another_gives_others(source, made, name):
-    make = registry.find(name).make
-    assert list(make(source, LENGTH, 4, 0)) == list(made(name))
-    assert make(source, 1500, 1, 1)[0].context != make(source, 1500, 1, 2)[0].context
+def test_a_seed_gives_the_same_samples_and_another_gives_others(source, name):
+    first, again, other = (list(registry.find(name).make(source, 1500, 2, seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert len({sample.context for sample in first + other}) == 4
 
 
 @pytest.mark.parametrize("name", PLACED)
@@ -101,11 +100,8 @@ def test_evidence_is_what_the_answers_rest_on(made, name):
     for sample in made(name):
         assert sample.evidence
         for question in sample.questions:
-            words = [*question.answers] if name not in ("copy", "reverse") else question.answers[0].split()
-            if name.endswith("variable_tracking"):
-                words = question.answers[0].split()
             texts = [sample.context[first:last] for first, last in sample.evidence]
-            assert all(any(word in text for text in texts) for word in words)
+            assert all(any(word in text for text in texts) for word in question.answers[0].split())
 
 
 @pytest.mark.parametrize("name", PLACED)

@@ -57,7 +57,7 @@ def test_a_list_has_its_items_and_both_tasks_ask_for_the_same_words_in_opposite_
     for task, items in ((copy, 1), (copy, 9), (reverse, 9)):
         (sample,) = task(source, 1500, 1, 0, items=items)
         ((first, last),) = sample.evidence
-        listed = sample.context[first:last].removeprefix("Remember this list of words: ").removesuffix(".").split()
+        listed = sample.context[first:last].removeprefix("The list of words is: ").removesuffix(".").split()
         assert len(set(listed)) == items
         assert sample.questions[0].answers[0].split() == (listed if task is copy else listed[::-1])
 
