@@ -14,6 +14,5 @@ def within(task: str, name: str, value: object, low: int, high: int | None = Non
         BadInput: not a whole number from `low` to `high`.
     """
     allowed = f"at least {low}" if high is None else f"{low} to {high}"
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         raise BadInput(f"{name}={value!r} of task {task}; allowed: whole numbers, {allowed}")

@@ -28,7 +28,7 @@ def interleave(asked: Sequence[str], others: Sequence[str], depths: Sequence[flo
     total = len(asked) + len(others)
     at = [min(int(depth * total), total - 1) for depth in depths]
     lines = list(others)
-    for index in np.argsort(at):  # from the front on: no later one moves an earlier one
+    for index in sorted(range(len(asked)), key=at.__getitem__):  # from the front on: no later one moves an earlier one
         lines.insert(at[index], asked[index])
     return lines, at
 
