@@ -203,7 +203,8 @@ class _Asking:
 
     def _generated(self, asked: list[Question], given: list[list[int]], cache: KVCache) -> list[str]:
         tokens, lengths = _padded(given)
-        ends = sorted({mark for question in asked for mark in question.stop})
+        # Marks that end every row, wherever they come, save steps. White space may also open an answer.
+        ends = [mark for mark in asked[0].stop if mark.strip() and all(mark in each.stop for each in asked)]
         stop = [ids[0] for mark in ends if len(ids := self.tokenizer.encode(mark, add_special=False)) == 1]
         result = kvx.generate(
             self.decoder,

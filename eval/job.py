@@ -42,8 +42,8 @@ class TaskSection(Section):
 
     @property
     def text(self) -> str:
-        """The task with its options, as records name it."""
-        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        """The task with its options, as records name it; where a user's files lie is nobody else's business."""
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items() if key != "path")
         return f"{self.name}({options})" if options else self.name
 
 
@@ -125,9 +125,10 @@ class EvalJob(Section):
             raise BadInput("tasks, fidelity.documents and cost.lengths are all empty; allowed: one of them at least")
         if any(BUDGET in text for text in self.policies) and not self.budgets:
             raise BadInput(f"budgets=[] with policies that say {BUDGET}; allowed: one budget or more")
-        texts = [task.text for task in self.tasks]
-        if twice := {text for text in texts if texts.count(text) > 1}:
-            raise BadInput(f"task {min(twice)!r} is given twice; allowed: once, with all its lengths and modes")
+        pairs = [(task.text, length) for task in self.tasks for length in task.lengths]
+        if twice := {pair for pair in pairs if pairs.count(pair) > 1}:
+            text, length = min(twice)
+            raise BadInput(f"task {text!r} is given twice at length={length}; allowed: once, with all its modes")
 
     @property
     def folder(self) -> str:

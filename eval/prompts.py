@@ -55,8 +55,8 @@ class Frame:
         """Ids that lead from the opening of one answer to that of the next: the right answer, and the next question."""
         answered, asked = sample.questions[index], sample.questions[index + 1]
         between, after = ("", "") if sample.plain else (self.between, self.after)
-        # A prefix that ends in a word wants a blank before what it opens.
-        joint = " " if answered.prefix and answered.prefix[-1].isalnum() else ""
+        # A prefix wants a blank before what it opens, unless that stands within quotes or brackets.
+        joint = " " if answered.prefix and answered.prefix[-1] not in "\"'([{ \n" else ""
         return tokenizer.encode(
             joint + answered.answers[0] + between + asked.text + after + asked.prefix, add_special=False
         )
