@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 from kvx.eval.job import FULL
 from kvx.eval.records import Cell
+from kvx.eval.report.policy_names import label
 from kvx.eval.statistics import Interval
 from kvx.eval.summary import Row
 
 MODES = {"agnostic": "question unseen", "aware": "question seen", "turns": "as a conversation"}
 """A cell's mode in words: what a policy knew of the question when it compressed."""
+
+LONGEST = 120
+"""Characters of a policy in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,12 @@ def _everywhere(rows: Sequence[Row], cells: Sequence[Cell]) -> Iterable[str]:
     smaller = [policy for policy, share in kept.items() if share < whole]
     if smaller:
         best = min(smaller, key=kept.__getitem__)
-        yield f"{best} is the smallest as good {where}: {_percent(kept[best])} of the bytes on average."
+        yield f"{_name(best)} is the smallest as good {where}: {_percent(kept[best])} of the bytes on average."
     else:
         yield f"No smaller cache is as good {where}."
     least = min(read, key=read.__getitem__, default=None)
     if least is not None and least not in smaller and read[least] < whole:
-        yield f"{least} is as good {where}; it keeps {_percent(kept[least])} and reads {_percent(read[least])} a step."
+        yield f"{_name(least)} is as good {where}; it keeps {_percent(kept[least])} and reads {_percent(read[least])} a step."
 
 
 def _smallest(rows: Sequence[Row], cell: Cell) -> str | None:
@@ -87,11 +91,11 @@ def _smallest(rows: Sequence[Row], cell: Cell) -> str | None:
     good = [row for row in others if as_good(row, full)]
     if good:
         best = min(good, key=lambda row: row.share)
-        return f"{where}: {best.policy} with {_percent(best.share)}, {best.score.mean:.3g} against {reference}."
+        return f"{where}: {_name(best.policy)} with {_percent(best.share)}, {best.score.mean:.3g} against {reference}."
     near = min(others, key=lambda row: row.score.mean * (1 if row.lower_is_better else -1))
     return (
         f"{where}: no smaller cache is as good as {reference}; "
-        f"the nearest is {near.policy} with {_percent(near.share)}, {near.score.mean:.3g}."
+        f"the nearest is {_name(near.policy)} with {_percent(near.share)}, {near.score.mean:.3g}."
     )
 
 
@@ -103,6 +107,11 @@ def _read(row: Row) -> float:
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
+
+
+def _name(policy: str) -> str:
+    """Its text, to be copied; but a calibrated policy may name a thousand heads."""
+    return policy if len(policy) <= LONGEST else label(policy)
 
 
 def _percent(share: float) -> str:

@@ -10,7 +10,7 @@ const drawKept = (node, data, looks) => {
 
   const show = () => {
     const prompt = prompts[map.prompt];
-    const policy = looks[map.policy].text;
+    const policy = looks[map.policy].label;
     const mean = map.counts.flat().reduce((sum, kept) => sum + kept, 0) / (map.layers * map.heads);
     about.textContent =
       `${policy} keeps ${digits(mean)} of ${prompt.count} tokens (${percent(mean / prompt.count)}), ` +

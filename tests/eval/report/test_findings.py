@@ -73,3 +73,9 @@ def test_a_policy_that_misses_a_cell_is_not_said_to_be_good_everywhere():
 
 def test_without_the_full_cache_nothing_is_found():
     assert findings([row("a(1)", 0.9, 0.5)]) == [] and findings([]) == []
+
+
+def test_a_policy_that_names_a_thousand_heads_is_shortened():
+    heads = f"razor_attention(heads=({', '.join(map(str, range(1000)))}))"
+    (found,) = findings([row("full", 0.9, 1.0), row(heads, 0.9, 0.5)])
+    assert "razor_attention heads=(0, 1" in found.sentence and len(found.sentence) < 200
