@@ -78,7 +78,8 @@ def _everywhere(rows: Sequence[Row], cells: Sequence[Cell]) -> Iterable[str]:
         yield f"No smaller cache is as good {where}."
     least = min(read, key=read.__getitem__, default=None)
     if least is not None and least not in smaller and read[least] < whole:
-        yield f"{_name(least)} is as good {where}; it keeps {_percent(kept[least])} and reads {_percent(read[least])} a step."
+        shares = f"it keeps {_percent(kept[least])} and reads {_percent(read[least])} a step"
+        yield f"{_name(least)} is as good {where}; {shares}."
 
 
 def _smallest(rows: Sequence[Row], cell: Cell) -> str | None:
