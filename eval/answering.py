@@ -59,6 +59,7 @@ class Answered:
         texts: (row, question) answers.
         likelihoods: (row, question) mean log-probability a token of the first right answer; None where none was asked.
         cache: as it was once the (first) prompt was compressed.
+        steps: decode steps that its answers took, those that read questions included.
         decode: seconds of all answers.
         compiled: whether they hold compilation.
     """
@@ -66,6 +67,7 @@ class Answered:
     texts: list[list[str]]
     likelihoods: list[list[float | None]]
     cache: KVCache
+    steps: int
     decode: float
     compiled: bool
 
@@ -144,7 +146,7 @@ def answer(
             caches = [caches[at] for caches in starts]
             row = _Asking(decoder, tokenizer, batch, policies[at])
             texts, likelihoods = row.ask(mode, caches)
-        return Answered(texts, likelihoods, starts[0][at], lap.wall, not lap.warm)
+        return Answered(texts, likelihoods, starts[0][at], row.steps, lap.wall, not lap.warm)
 
     with ThreadPoolExecutor(workers) as pool:
         yield from zip(policies, pool.map(one, range(len(policies))), strict=True)
@@ -158,6 +160,7 @@ class _Asking:
     tokenizer: Any
     batch: Batch
     policy: kvx.Policy
+    steps: int = 0
 
     def ask(self, mode: Mode, caches: list[KVCache]) -> tuple[list[list[str]], list[list[float | None]]]:
         texts: list[list[str]] = [[] for _ in self.batch.samples]
@@ -176,6 +179,7 @@ class _Asking:
             if mode == "turns" and index + 1 < len(self.batch.samples[0].questions):
                 onward = [last + turn[index][:-1] for last, turn in zip(given, self.batch.turns, strict=True)]
                 tokens, lengths = _padded(onward)
+                self.steps += int(lengths.max())
                 _, cache = kvx.prefill(
                     self.decoder, tokens, self.policy, lengths, cache=kvx.fork(cache, 1) if index == 0 else cache
                 )
@@ -188,6 +192,7 @@ class _Asking:
         if asked[0].kind == "generate":
             return self._generated(asked, given, cache), [None] * len(asked)
         tokens, lengths = _padded(given)
+        self.steps += int(lengths.max())
         logits, cache = kvx.prefill(self.decoder, tokens, self.policy, lengths, cache=cache)
         if asked[0].kind == "likelihood":
             sums, counts = self._scored([question.answers[0] for question in asked], cache, logits)
@@ -215,6 +220,8 @@ class _Asking:
             max_new_tokens=max(question.new_tokens for question in asked),
             stop=sorted({*stop, *self.tokenizer.eos_ids}),
         )
+        # The newest token of a row is not fed.
+        self.steps += int(max(lengths + np.asarray(result.lengths))) - 1
         rows = np.asarray(result.tokens).tolist()
         texts = [self.tokenizer.decode([token for token in row if token >= 0]) for row in rows]
         return [_cut(text, question.stop) for text, question in zip(texts, asked, strict=True)]
@@ -224,6 +231,7 @@ class _Asking:
     ) -> tuple[Float[np.ndarray, "B"], Int[np.ndarray, "B"]]:
         """Log-probability of each row's text, and its tokens; the cache is donated."""
         tokens, lengths = _padded([self.tokenizer.encode(text, add_special=False) for text in texts])
+        self.steps += tokens.shape[1]
         scores, _ = kvx.teacher_forced(self.decoder, jnp.asarray(tokens), cache, self.policy, logits)
         inside = np.arange(tokens.shape[1]) < lengths[:, None]
         return np.where(inside, np.asarray(scores, np.float64), 0.0).sum(axis=1), lengths

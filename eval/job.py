@@ -55,11 +55,13 @@ class FidelitySection(Section):
         documents: how many; none: this is left out.
         prompt: tokens of each that are prefilled.
         forced: tokens of each that go through the decode path.
+        most: k of the recall of the k most attended tokens; 0: attention is not looked at.
     """
 
     documents: Whole = 0
     prompt: Count = 512
-    forced: Count = 128
+    forced: Annotated[int, Range(2)] = 128
+    most: Whole = 32
 
 
 @dataclass(frozen=True)

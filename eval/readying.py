@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
+
 import kvx
 from kvx.decoder import Decoder
 from kvx.models.token_kinds import token_kinds
@@ -40,4 +42,5 @@ def ready(
 
 
 def _lacks(policy: kvx.Policy) -> bool:
-    return any(stage.learns for stage in policy.stages)
+    """Whether there is something to learn that is not there yet, as in a policy that a file brought."""
+    return any(stage.learns and not jax.tree.leaves(stage) for stage in policy.stages)

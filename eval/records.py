@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
+from beartype.door import is_bearable
 from jaxtyping import Bool
 
 from kvx.errors import BadInput
@@ -188,9 +189,17 @@ def _lines(path: Path, kind: type[Line]) -> Iterator[Line]:
             table = json.loads(line)
             if "cell" in table:
                 table["cell"] = Cell(**table["cell"])
-            yield kind(**{key: _frozen(value) for key, value in table.items()})
+            yield _checked(kind(**{key: _frozen(value) for key, value in table.items()}))
         except (ValueError, TypeError, AttributeError) as error:
             raise BadInput(f"{str(path)!r}, line {number}, is no {kind.__name__.lower()}: {error}") from None
+
+
+def _checked(line: Line) -> Line:
+    """The same, if every field is of its type; a file may come from anywhere."""
+    for name, hint in get_type_hints(type(line)).items():
+        if not is_bearable(value := getattr(line, name), hint):
+            raise TypeError(f"{name}={value!r:.80} is not of type {hint}")
+    return line
 
 
 def _frozen(value: Any) -> Any:

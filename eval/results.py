@@ -1,20 +1,22 @@
 """What a comparison found: records, their JSON with everything needed to repeat it, and the table."""
 
 import json
-import os
-import tempfile
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+import kvx
 from kvx.errors import BadInput
-
-PACKAGES = ("kvx", "jax", "jaxlib", "flax", "numpy", "tokenizers")
+from kvx.eval.job import FULL
+from kvx.eval.provenance import replace_file
+from kvx.eval.records import Record
+from kvx.eval.summary import FIDELITY
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Results:
         text: the prose's name and SHA-256.
         seed: of keys, depths and calibration.
         command: how to run it again.
+        versions, commit: of what computed it.
         device: what ran it.
         policies: the rows, the full cache first.
         phases: seconds by phase.
@@ -76,18 +79,16 @@ class Results:
     text: dict[str, str]
     seed: int
     command: str
+    versions: dict[str, str]
+    commit: str | None
     device: dict[str, Any]
     policies: list[PolicyResult] = field(default_factory=list)
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def as_json(self) -> str:
-        """Everything, with the versions of what computed it; numbers that are not finite as null."""
-        content = {
-            **asdict(self),
-            "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
-        }
-        return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """Everything; numbers that are not finite as null."""
+        return json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def write(self, folder: Path) -> None:
         """results.json and frontier.png in `folder`, each complete or not at all.
@@ -100,9 +101,24 @@ class Results:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in (("results.json", self.as_json().encode()), ("frontier.png", frontier_png(self))):
-                _replace(folder / name, content)
+                replace_file(folder / name, content)
         except OSError as error:
             raise BadInput(f"out={str(folder)!r} cannot be written: {error.strerror or error}") from None
+
+
+def policy_results(
+    policies: Sequence[kvx.Policy], records: Sequence[Record], longest: int, timed: int
+) -> list[PolicyResult]:
+    """One row a policy, from an evaluation's records.
+
+    Args:
+        longest: the passkey length whose bytes are told.
+        timed: the passkey length whose decode steps are told, those of batches that compiled nothing.
+    """
+    return [
+        _row(policy, [each for each in records if each.policy == policy.text], records, longest, timed)
+        for policy in policies
+    ]
 
 
 def print_results(results: Results, as_json: bool = False, timings: bool = False) -> None:
@@ -162,6 +178,38 @@ def timing_table(results: Results) -> Table:
     return shown
 
 
+def _row(policy: kvx.Policy, found: list[Record], records: Sequence[Record], longest: int, timed: int) -> PolicyResult:
+    passkeys = [each for each in found if each.cell.task != FIDELITY]
+    texts = [each for each in found if each.cell.task == FIDELITY]
+    at = next(each for each in passkeys if each.cell.length == longest and each.cell.mode == "agnostic")
+    full = next(each for each in records if each.policy == FULL and each.cell == at.cell)
+    rates = [1 / each.seconds["step"] for each in passkeys if each.cell.length == timed and not each.compiled]
+    scores = {
+        mode: statistics.fmean(each.score for each in passkeys if each.cell.mode == mode)
+        for mode in ("agnostic", "aware")
+    }
+    return PolicyResult(
+        policy=policy.text,
+        bounded=policy.bounded,
+        cache_bytes=at.cache_bytes,
+        bytes_per_token=at.cache_bytes / at.tokens,
+        share_of_full=at.cache_bytes / full.cache_bytes,
+        share_of_bf16=at.share,
+        bytes_read=at.bytes_read,
+        policy_bytes=policy.nbytes,
+        # All documents are equally long, so this is the perplexity over all of their tokens.
+        perplexity=math.exp(statistics.fmean(math.log(each.measures["perplexity"]) for each in texts)),
+        perplexity_share_of_bf16=texts[0].share,
+        **scores,
+        tokens_per_second=statistics.median(rates) if rates else math.nan,
+        answers=[
+            {"length": each.cell.length, "depth": each.depth, "aware": each.cell.mode == "aware",
+             "key": each.expected[0][0], "answer": each.answers[0], "correct": each.score == 1.0}
+            for each in passkeys
+        ],
+    )  # fmt: skip
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN."""
     if isinstance(value, dict):
@@ -169,14 +217,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise

@@ -1,7 +1,7 @@
 """An evaluation's results folder: whose it is, and the summary and the report made from its records alone."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,23 @@ from rich.console import Console
 from kvx.errors import BadInput
 from kvx.eval.job import EvalJob
 from kvx.eval.provenance import provenance, replace_file
-from kvx.eval.records import RECORDS, Record, read
+from kvx.eval.records import COSTS, KEPT, RECORDS, Record, read
 from kvx.eval.summary import as_csv, summary, table
 from kvx.prose import Prose
 from kvx.section_file import table_from
 
 CONFIG, SUMMARY, REPORT = "config.json", "summary.csv", "report.html"
+LARGEST_CONFIG = 4_000_000
+"""Bytes: a configuration is written by hand, and the report shows all of it."""
 _FREE = ("output", "together")
 """Of a job, what no record depends on."""
 
 
-def claim(job: EvalJob, prose: Prose) -> Path:
+def claim(job: EvalJob, prose: Prose, anew: bool = False) -> Path:
     """The folder of a job's results, new or begun earlier by the same job.
+
+    Args:
+        anew: an evaluation's results that are there are removed, whatever the job.
 
     Raises:
         BadInput: a path that cannot be written, other files, or the results of a job that differs.
@@ -30,9 +35,12 @@ def claim(job: EvalJob, prose: Prose) -> Path:
     wanted = _identity(job, prose)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if anew and (folder / CONFIG).exists():
+            for name in (CONFIG, RECORDS, KEPT, COSTS, SUMMARY, REPORT):
+                (folder / name).unlink(missing_ok=True)
         if (folder / CONFIG).exists():
             _check(folder, wanted)
-        elif any(folder.iterdir()):
+        elif not anew and any(folder.iterdir()):
             raise BadInput(
                 f"output={str(folder)!r} holds files that are no evaluation's; allowed: a new or empty folder"
             )
@@ -44,21 +52,23 @@ def claim(job: EvalJob, prose: Prose) -> Path:
 
 
 def config(folder: Path) -> dict[str, Any]:
-    """What made a folder's results.
+    """What made a folder's results: the job, field by field, its prose, and where it ran.
 
     Raises:
         BadInput: a folder without results, or a file that is not what `claim` writes.
     """
     path = folder / CONFIG
     try:
-        content = json.loads(path.read_bytes())
+        if (size := path.stat().st_size) > LARGEST_CONFIG:
+            raise BadInput(f"{str(path)!r} has {size} bytes; allowed: at most {LARGEST_CONFIG}")
+        found = json.loads(path.read_bytes())
     except OSError as error:
         raise BadInput(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise BadInput(f"{str(path)!r} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("job"), dict):
-        raise BadInput(f"{str(path)!r} holds no job; allowed: what kvx eval writes")
-    return content
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{str(path)!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{str(path)!r} holds a {type(found).__name__}; allowed: a table")
+    return found
 
 
 def write_summary(folder: Path) -> None:
@@ -83,13 +93,13 @@ def print_rows(folder: Path, as_json: bool = False) -> None:
 def _identity(job: EvalJob, prose: Prose) -> dict[str, Any]:
     """What two runs must share for their records to belong together; as JSON gives it back."""
     table = {key: value for key, value in table_from(job).items() if key not in _FREE}
-    return json.loads(json.dumps({"job": table, "text": {"name": prose.name, "sha256": prose.sha256}}))
+    return json.loads(json.dumps({**table, "prose": {"name": prose.name, "sha256": prose.sha256}}))
 
 
 def _check(folder: Path, wanted: dict[str, Any]) -> None:
     found = config(folder)
-    there, here = {**found["job"], "text": found.get("text")}, {**wanted["job"], "text": wanted["text"]}
-    if differing := sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)):
+    keys = wanted.keys() | {field.name for field in fields(EvalJob)} - set(_FREE)
+    if differing := sorted(key for key in keys if found.get(key) != wanted.get(key)):
         raise BadInput(
             f"output={str(folder)!r} holds the results of a job with other {', '.join(differing)}; allowed: that job, "
             "or another folder"

@@ -1,26 +1,25 @@
 """Running an evaluation: every policy on every sample, each record on the disk as soon as it is known, resumable."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 import kvx
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
-from kvx.eval.answering import Answered, Batch, answer, batches
+from kvx.eval.answering import Batch, answer, batches
 from kvx.eval.job import FULL, EvalJob, TaskSection
-from kvx.eval.kept import evidence_kept, kept
+from kvx.eval.kept import kept
+from kvx.eval.loading import Loaded, load_over_devices
 from kvx.eval.perplexity import WORKERS, as_bfloat16
 from kvx.eval.prompts import Frame
 from kvx.eval.readying import ready
+from kvx.eval.recording import recorded
 from kvx.eval.records import COSTS, KEPT, RECORDS, Cell, Kept, Record, append, mend, read
 from kvx.eval.results_folder import claim, write_summary
 from kvx.eval.stopwatch import Stopwatch
@@ -30,17 +29,25 @@ from kvx.eval.tasks.source import Source
 from kvx.progress import Steps
 from kvx.prose import Prose, prose
 
-Loaded = tuple[Decoder, Any]
-"""A model and its tokenizer."""
 
-
-def run(job: EvalJob, *, console: Console | None = None, loaded: dict[str, Loaded] | None = None) -> Path:
+def run(
+    job: EvalJob,
+    *,
+    console: Console | None = None,
+    loaded: dict[str, Loaded] | None = None,
+    policies: Sequence[kvx.Policy] | None = None,
+    text: Prose | None = None,
+    anew: bool = False,
+) -> Path:
     """Run what of a job is not done yet, and write its summary and report.
 
     Args:
         job: what to run.
         console: where the progress bar goes; None: standard error.
         loaded: models by the name that the job gives them; the others are loaded.
+        policies: those of the job where they are at hand, the full cache first.
+        text: the job's, where it is at hand.
+        anew: remove the results of an earlier run, instead of going on with them.
 
     Returns:
         The results folder: config.json, records.jsonl, kept.jsonl, costs.jsonl, summary.csv, report.html.
@@ -49,14 +56,14 @@ def run(job: EvalJob, *, console: Console | None = None, loaded: dict[str, Loade
         BadInput: a folder that holds the results of another job; samples that cannot be made; a model or a policy that
             does not fit. Nothing was overwritten.
     """
-    text = prose(None if job.text is None else Path(job.text))
-    policies = job.chosen()
-    folder = claim(job, text)
+    text = text or prose(None if job.text is None else Path(job.text))
+    policies = job.chosen() if policies is None else policies
+    folder = claim(job, text, anew)
     for name in (RECORDS, KEPT, COSTS):
         mend(folder / name)
     for model in job.models:
-        decoder, tokenizer = (loaded or {}).get(model) or _load(model, job)
-        _Study(job, model, decoder, tokenizer, text, policies, folder, console).run()
+        decoder, tokenizer = (loaded or {}).get(model) or load_over_devices(model, job.dtype)
+        _Study(job, model, decoder, tokenizer, text, list(policies), folder, console).run()
     write_summary(folder)
     return folder
 
@@ -92,6 +99,7 @@ class _Study:
 
     def run(self) -> None:
         """Samples first, so that what cannot be made is refused before any long work."""
+        self.frame = Frame.of(self.tokenizer, self.job.chat)
         for policy in self.policies:
             policy.check([block.spec for block in self.decoder.blocks])
         units = list(self._units())
@@ -116,7 +124,7 @@ class _Study:
 
     def _units(self) -> Iterator[_Unit]:
         """In the order of the job: all batches of a cell one after the other."""
-        source = Source(self.tokenizer, self.prose, Frame.of(self.tokenizer, self.job.chat))
+        source = Source(self.tokenizer, self.prose, self.frame)
         devices = jax.device_count()
         size = -(-self.job.batch // devices) * devices
         for section in self.job.tasks:
@@ -155,44 +163,19 @@ class _Study:
             if policy.text == FULL:
                 self.bf16[cell] = as_bfloat16(answered.cache) // len(unit.batch.samples)
             prefill = watch.phases["prefill"]
-            seconds = {"prefill": prefill["wall"], "decode": answered.decode}
+            seconds = {"prefill": prefill["wall"], "decode": answered.decode, "step": answered.decode / answered.steps}
             compiled = answered.compiled or prefill["compile"] > 0
-            append(
-                self.folder / RECORDS,
-                [self._record(unit, row, policy, answered, seconds, compiled) for row in range(unit.count)],
-            )
+            new = [
+                recorded(
+                    unit.task, cell, unit.first + row, policy, unit.batch, row, answered,
+                    tokenizer=self.tokenizer, frame=self.frame, bf16_bytes=self.bf16[cell],
+                    seconds=seconds, compiled=compiled,
+                )
+                for row in range(unit.count)
+            ]  # fmt: skip
+            append(self.folder / RECORDS, new)
             if self._is_mapped(unit) and (cell, policy.text) not in self.mapped:
                 append(self.folder / KEPT, [self._kept(unit, policy, answered.cache)])
-
-    def _record(
-        self, unit: _Unit, row: int, policy: kvx.Policy, answered: Answered, seconds: dict[str, float], compiled: bool
-    ) -> Record:
-        sample, rows = unit.batch.samples[row], len(unit.batch.samples)
-        likelihoods = answered.likelihoods[row]
-        scores = [
-            unit.task.score(text, question) if sure is None else float(np.exp(sure))
-            for text, question, sure in zip(answered.texts[row], sample.questions, likelihoods, strict=True)
-        ]
-        ids = [*unit.batch.contexts[row], *chain.from_iterable(unit.batch.questions[row])]
-        places = Frame.of(self.tokenizer, self.job.chat).places(self.tokenizer, sample)
-        return Record(
-            cell=unit.cell,
-            policy=policy.text,
-            index=unit.first + row,
-            sha256=hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest(),
-            tokens=len(unit.batch.contexts[row]) + max(map(len, unit.batch.questions[row])),
-            depth=sample.depth,
-            answers=tuple(answered.texts[row]),
-            expected=tuple(question.answers for question in sample.questions),
-            scores=tuple(scores),
-            cache_bytes=answered.cache.nbytes // rows,
-            bf16_bytes=self.bf16[unit.cell],
-            bytes_read=answered.cache.bytes_read() // rows,
-            policy_bytes=policy.nbytes,
-            retention=evidence_kept(answered.cache, row, places),
-            seconds=seconds,
-            compiled=compiled,
-        )
 
     def _is_mapped(self, unit: _Unit) -> bool:
         """A map is drawn of the first sample of a task at its shortest length."""
@@ -217,29 +200,22 @@ class _Study:
         todo = [policy for policy in self.policies if policy.text not in known]
         for record in fidelity_records(
             self.model, self.decoder, self.tokenizer, self.prose, todo,
-            documents=section.documents, prompt=section.prompt, forced=section.forced, seed=self.job.seed,
-            console=self.console,
+            documents=section.documents, prompt=section.prompt, forced=section.forced, most=section.most,
+            seed=self.job.seed, console=self.console,
         ):  # fmt: skip
             append(self.folder / RECORDS, [record])
 
     def _cost(self) -> None:
         from kvx.eval.cost import costs
         from kvx.eval.records import Cost
-        from kvx.prose import documents
 
         section = self.job.cost
         if not section.lengths:
             return
         known = {(each.policy, each.length, each.batch) for each in read(self.folder / COSTS, Cost)}
-        rows = documents(self.tokenizer, self.prose.held_out, max(section.batches), max(section.lengths))
+        text = np.asarray(self.tokenizer.encode("\n\n".join(self.prose.held_out)), np.int32)
         for length in section.lengths:
             for batch in section.batches:
                 todo = [policy for policy in self.policies if (policy.text, length, batch) not in known]
-                for cost in costs(self.decoder, self.model, todo, [length], [batch], tokens=rows, steps=section.steps):
+                for cost in costs(self.decoder, self.model, todo, [length], [batch], tokens=text, steps=section.steps):
                     append(self.folder / COSTS, [cost])
-
-
-def _load(name: str, job: EvalJob) -> Loaded:
-    """A model, its rows over all devices where there are several."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",)) if jax.device_count() > 1 else None
-    return kvx.load(name, dtype=None if job.dtype is None else jnp.dtype(job.dtype), mesh=mesh)

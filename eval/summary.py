@@ -117,17 +117,18 @@ def _row(cell: Cell, policy: str, found: dict[int, Record], full: dict[int, Reco
     )
     kept = [record.retention for record in records if record.retention is not None]
     names = sorted({name for record in records for name in record.measures})
+    lower = cell.task == FIDELITY
     return Row(
         cell=cell,
         policy=policy,
-        score=_interval_of(scores),
+        score=interval_of(scores, lower),
         share=float(np.mean([record.share for record in records])),
         cache_bytes=round(float(np.mean([record.cache_bytes for record in records]))),
         bytes_read=round(float(np.mean([record.bytes_read for record in records]))),
         policy_bytes=records[0].policy_bytes,
         retention=float(np.mean(kept)) if kept else None,
-        difference=None if policy == FULL or not len(pairs) else _difference(*pairs.T),
-        lower_is_better=cell.task.split("(")[0] == FIDELITY,
+        difference=None if policy == FULL or not len(pairs) else _difference(*pairs.T, lower),
+        lower_is_better=lower,
         measures={
             name: Interval.of(np.asarray([record.measures[name] for record in records if name in record.measures]))
             for name in names
@@ -135,18 +136,18 @@ def _row(cell: Cell, policy: str, found: dict[int, Record], full: dict[int, Reco
     )
 
 
-def _interval_of(scores: np.ndarray) -> Interval:
-    """By what the numbers are: zeros and ones, parts of 1, or anything."""
-    if np.all((scores == 0) | (scores == 1)):
-        return Interval.wilson(scores)
-    return Interval.bootstrap(scores) if np.all((scores >= 0) & (scores <= 1)) else Interval.of(scores)
+def interval_of(scores: np.ndarray, lower_is_better: bool = False) -> Interval:
+    """By what the numbers are: shares of right answers, scores in [0, 1], or divergences."""
+    if lower_is_better:
+        return Interval.of(scores)
+    return Interval.wilson(scores) if np.all((scores == 0) | (scores == 1)) else Interval.bootstrap(scores)
 
 
-def _difference(scores: np.ndarray, full: np.ndarray) -> Interval:
+def _difference(scores: np.ndarray, full: np.ndarray, lower_is_better: bool) -> Interval:
     """Paired by sample."""
-    if np.all(np.isin([scores, full], (0.0, 1.0))):
+    if not lower_is_better and np.all(np.isin([scores, full], (0.0, 1.0))):
         return Interval.paired_shares(scores, full)
-    return Interval.bootstrap(scores - full)
+    return Interval.of(scores - full) if lower_is_better else Interval.bootstrap(scores - full)
 
 
 def _order(cell: Cell) -> tuple[str, str, int, str]:

@@ -43,7 +43,7 @@ class Fidelity:
             over the steps.
         sizes: squared L2 norm of the full cache's, likewise.
         found, asked: of the tokens that the full cache's run attends to most, how many the policy's store held and
-            read, and how many there were, summed over the steps.
+            read, and how many there were, summed over the steps. These four are empty if attention was not looked at.
         cache_bytes: a row's share of the batch's cache after the prompt, room for the forced tokens included.
         bf16_bytes: of a full cache in bfloat16, likewise.
         bytes_read: of the cache in a decode step, a row's share.
@@ -117,12 +117,10 @@ class Fidelity:
 
     def measures(self) -> dict[str, Float[np.ndarray, "B"]]:
         """What a record tells beside the divergence, for each document."""
-        return {
-            "agreement": self.agreement,
-            "perplexity": self.perplexity,
-            "top_k_recall": self.recall,
-            "attention_error": self.attention_error,
-        }
+        seen = {"agreement": self.agreement, "perplexity": self.perplexity}
+        if self.asked:
+            seen |= {"top_k_recall": self.recall, "attention_error": self.attention_error}
+        return seen
 
     def by_position(self, bins: int) -> list[Stretch]:
         """Divergence and perplexity along the text, in at most `bins` equal stretches of it."""

@@ -11,14 +11,14 @@ from rich.console import Console
 import kvx
 from kvx.decoder import Decoder
 from kvx.eval.fidelity.findings import Fidelity
-from kvx.eval.fidelity.measure import fidelity
+from kvx.eval.fidelity.measure import MOST, fidelity
 from kvx.eval.records import Cell, Record
 from kvx.prose import Prose
 from kvx.prose import documents as documents_of
 
 TASK = "fidelity"
 
-TOGETHER = 4
+TOGETHER = 8
 """Policies whose caches exist at a time, beside the full one; each such group runs the full cache once more."""
 
 
@@ -33,6 +33,7 @@ def fidelity_records(
     prompt: int,
     forced: int,
     seed: int,
+    most: int = MOST,
     console: Console | None = None,
 ) -> Iterator[Record]:
     """The records of a task named "fidelity", whose score is the divergence: less is better, 0 is the full cache.
@@ -48,6 +49,7 @@ def fidelity_records(
         documents: how many; each from the start of its own part of the prose.
         prompt: tokens of each that are prefilled.
         forced: tokens of each that are forced, at least 2.
+        most: of `fidelity`; at 0 the last two measures are left out.
         seed: of where in the prose the first document begins.
         console: where progress goes; None: standard error.
 
@@ -57,7 +59,7 @@ def fidelity_records(
     texts = seeded_documents(tokenizer, prose, documents, prompt + forced, seed)
     cell = Cell(model_name, TASK, prompt + forced, "agnostic")
     for first in range(0, len(policies), TOGETHER):
-        for found in fidelity(decoder, texts, prompt, policies[first : first + TOGETHER], console=console):
+        for found in fidelity(decoder, texts, prompt, policies[first : first + TOGETHER], most=most, console=console):
             for index, text in enumerate(texts):
                 yield fidelity_record(cell, index, text, found, index)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from kvx.eval.records import Record
 from kvx.eval.statistics import Interval
+from kvx.eval.summary import interval_of
 
 SAMPLES = 5
 """That a box should hold: fewer make a picture of chance."""
@@ -56,10 +57,5 @@ def _map(model: str, task: str, mode: str, policy: str, bins: int, records: Sequ
     for record in records:
         place = min(max(int((record.depth or 0.0) * bins), 0), bins - 1)
         scores[record.cell.length, place].append(record.score)
-    boxes = {key: _interval(np.array(scores[key])) for key in sorted(scores)}
+    boxes = {key: interval_of(np.array(scores[key])) for key in sorted(scores)}
     return DepthMap(model, task, mode, policy, bins, boxes)
-
-
-def _interval(scores: np.ndarray) -> Interval:
-    """Wilson's where all scores are 0 or 1, which has a width even where all are equal."""
-    return Interval.wilson(scores) if np.isin(scores, (0.0, 1.0)).all() else Interval.bootstrap(scores)

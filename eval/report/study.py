@@ -1,20 +1,14 @@
 """What a results folder holds, read as one value: the page is a function of it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvx.errors import BadInput
 from kvx.eval.records import COSTS, KEPT, RECORDS, Cost, Kept, Record, read
+from kvx.eval.results_folder import config
 from kvx.eval.summary import Row, summary
-
-CONFIG = "config.json"
-
-LARGEST_CONFIG = 4_000_000
-"""Bytes: a configuration is written by hand, and the page shows all of it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class Study:
             BadInput: no configuration there, one that is no table, or a line that is not a record, with its number.
         """
         return cls(
-            _config(folder / CONFIG),
+            config(folder),
             read(folder / RECORDS, Record),
             read(folder / KEPT, Kept),
             read(folder / COSTS, Cost),
@@ -56,18 +50,3 @@ class Study:
     def name(self) -> str:
         """What the job calls itself."""
         return str(self.config.get("name") or "Evaluation")
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_CONFIG:
-            raise BadInput(f"{str(path)!r} has {size} bytes; allowed: at most {LARGEST_CONFIG}")
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BadInput(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{str(path)!r} is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{str(path)!r} holds a {type(found).__name__}; allowed: a table")
-    return found

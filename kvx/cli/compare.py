@@ -19,7 +19,9 @@ def compare(
     text: Annotated[
         Path | None, typer.Option(help="A folder of .txt or .md files to use instead of Python's documentation.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where results.json and frontier.png go.")] = Path("results/compare"),
+    out: Annotated[Path, typer.Option(help="Where results.json, frontier.png and report.html go.")] = Path(
+        "results/compare"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of keys, depths and texts.", min=0)] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
     timings: Annotated[bool, typer.Option("--timings", help="Also say where the time went.")] = False,
@@ -45,6 +47,7 @@ def compare(
     source = prose(text)
     folder = checked_out(out)
     enable_compilation_cache()
-    results = compare_policies(model, chosen, source, Workload.long() if full else Workload(), seed=seed)
+    workload = Workload.long() if full else Workload()
+    results = compare_policies(model, chosen, source, workload, seed=seed, out=folder)
     results.write(folder)
     print_results(results, as_json=json, timings=timings)
