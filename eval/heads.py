@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from kvx.decoder import Decoder
 
+RULES = ("repeats", "text")
+
 SHORT = 64
 """Tokens at which the sink rate that papers quote is measured."""
 
@@ -107,8 +109,7 @@ def head_report(
 
     from kvx.eval.head_scores import retrieval_scores, streaming_shares
 
-    if by not in ("repeats", "text"):
-        raise BadInput(f"by={by!r} is not offered; allowed: 'repeats', 'text'")
+    check_rule(by)
     first, local = (_numbers(found) for found in streaming_shares(model, texts, sinks, recent))
     scores = retrieval_scores(model, search, seed)
     induction, echo = (_numbers([np.asarray(layer[row]) for layer in scores]) for row in (0, 1))
@@ -124,6 +125,16 @@ def head_report(
     # The same rule, with one score to rank by.
     reach = [jnp.asarray([layer, layer]) for layer in report.reach]
     return replace(report, heads=RetrievalHeads(share, 0.0).choose(reach))
+
+
+def check_rule(by: str) -> None:
+    """Refuse what heads cannot be chosen by.
+
+    Raises:
+        BadInput: with the rules.
+    """
+    if by not in RULES:
+        raise BadInput(f"by={by!r} is not offered; allowed: {', '.join(map(repr, RULES))}")
 
 
 def _sinks(model: "Decoder", texts: np.ndarray) -> dict[str, Any]:
@@ -151,13 +162,13 @@ def read_heads(path: Path) -> tuple[tuple[int, int], ...]:
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{str(path)!r} is no JSON: {error}") from None
     heads = content.get("heads") if isinstance(content, dict) else None
-    pairs = isinstance(heads, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(type(each) is int and each >= 0 for each in pair)
-        for pair in heads
-    )
-    if not pairs:
+    if not isinstance(heads, list) or not all(map(_is_pair, heads)):
         raise BadInput(f'{str(path)!r} has no "heads"; allowed: a list of [layer, KV head] pairs')
     return tuple(sorted({(layer, head) for layer, head in heads}))
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(each) is int and each >= 0 for each in pair)
 
 
 def _numbers(layers: list[np.ndarray]) -> Numbers:
@@ -221,6 +232,10 @@ def command(
     from kvx.compilation_cache import enable_compilation_cache
     from kvx.prose import documents, prose
 
+    check_rule(by)
+    for path in (out, png):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise BadInput(f"{str(path)!r} cannot be written; allowed: a file in a folder that is there")
     search = RetrievalHeads(induction, echo, block)
     source = prose(text)
     enable_compilation_cache()

@@ -93,7 +93,8 @@ class Fidelity:
     @property
     def recall(self) -> Float[np.ndarray, "B"]:
         """Share of the most attended tokens that were held and read: a document's steps, layers and query heads."""
-        return sum(each.sum(axis=1) for each in self.found) / sum(each.sum(axis=1) for each in self.asked)
+        found, asked = (np.sum([each.sum(axis=1) for each in layers], axis=0) for layers in (self.found, self.asked))
+        return found / asked
 
     @property
     def head_errors(self) -> list[Float[np.ndarray, "H"]]:

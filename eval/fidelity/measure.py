@@ -176,7 +176,9 @@ def _findings(
 
     def by_layer(name: str) -> tuple[Float[np.ndarray, "B _"], ...]:
         layers = zip(*(each.gaps for each in walk), strict=True)
-        return tuple(sum(np.asarray(getattr(each, name), np.float64) for each in layer) for layer in layers)
+        return tuple(
+            np.sum([np.asarray(getattr(each, name), np.float64) for each in layer], axis=0) for layer in layers
+        )
 
     return Fidelity(
         policy.text,

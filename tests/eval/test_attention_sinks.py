@@ -55,8 +55,7 @@ def maps(model, texts):
     return found
 
 
-@pytest.mark.parametrize("sink", [0, 3])
-@pytest.mark.parametrize("kind", ["grouped", "latent"])
+@pytest.mark.parametrize("kind, sink", [("grouped", 0), ("latent", 3)])
 def test_measures_equal_those_of_whole_maps(kind, sink):
     model = tiny.model(num_hidden_layers=2) if kind == "grouped" else tiny_latent.model()
     texts, _ = tiny.prompts(T, T)
@@ -120,8 +119,7 @@ def test_rates_are_shares_of_heads_over_texts_and_layers():
     assert sinks_of([first, second], 64).rate(above=0.6) == 0
 
 
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window, softcap", [(None, None), (9, 2.0)])
 def test_gaps_and_masses_in_blocks_equal_those_of_the_whole(window, softcap, monkeypatch):
     random = np.random.default_rng(0)
     spec = AttentionSpec(4, 2, 8, 8, 0.5, window, softcap)

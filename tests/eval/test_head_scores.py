@@ -34,8 +34,7 @@ def test_shares_of_a_batch_are_the_means_of_its_texts():
     np.testing.assert_allclose(np.asarray(together), np.mean(np.asarray(alone), axis=0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("length", [50, 129, 200])
-@pytest.mark.parametrize("recent", [1, 13, 45])
+@pytest.mark.parametrize("length, recent", [(50, 45), (129, 1), (200, 13)])
 def test_attention_spread_evenly_is_local_by_the_count_of_its_tokens(length, recent):
     """Zero queries: each of them sees i + 1 tokens, of which SINKS + recent are local."""
     model = tiny.model(num_hidden_layers=1)
