@@ -13,6 +13,7 @@ from kvx.cli.eval import evaluate
 from kvx.cli.fetch import fetch
 from kvx.cli.generate import generate
 from kvx.cli.policies import policies
+from kvx.cli.search import search
 from kvx.errors import BadInput
 
 BAD_INPUT = 2
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (fetch, generate, compare, policies, distill):
+for _command in (fetch, generate, compare, policies, distill, search):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")

@@ -1,0 +1,96 @@
+"""A search as a frozen dataclass: what is looked for, where, and how long."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kvx.errors import BadInput
+from kvx.eval.job import FULL, EvalJob, FidelitySection, TaskSection
+from kvx.eval.summary import FIDELITY
+from kvx.section import Count, Positive, Section, Whole
+
+
+@dataclass(frozen=True)
+class SearchJob(Section):
+    """A search for the policies that keep quality in the fewest bytes.
+
+    Attributes:
+        max_bytes_per_token: bytes that a prompt's cache may take, all layers and room for the answer included, divided
+            by the task's length.
+        model: a zoo name, a Hugging Face directory, or a .gguf file.
+        task: of `kvx eval --tasks`; or "fidelity": divergence from the full cache along held-out documents.
+        length: tokens of a prompt; of "fidelity", of those that are prefilled.
+        samples: that those policies see which do well on fewer.
+        mode: as of `kvx eval`.
+        options: of the task's own.
+        forced: for "fidelity": tokens of a document that go through the decode path.
+        trials: policies within the limit that are run.
+        only: methods of the registry that are searched; none: all.
+        without: methods that are not.
+        seed: of samples, calibration and proposals.
+        batch: samples at a time.
+        chat, dtype, text, calibration: as of `kvx eval`.
+        output: the results folder; None: results/search/TASK. Searches that differ in nothing but their limit, their
+            trials and what is searched may share it, and what was run is not run again.
+    """
+
+    max_bytes_per_token: Positive
+    model: str = "smollm2-135m-instruct"
+    task: str = "passkey"
+    length: Count = 2048
+    samples: Count = 64
+    mode: Literal["agnostic", "aware", "turns"] = "agnostic"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    forced: Count = 128
+    trials: Count = 64
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    seed: Whole = 0
+    batch: Count = 4
+    chat: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    text: str | None = None
+    calibration: tuple[Count, Count] = (4, 1024)
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.on_documents and (self.options or self.mode != "agnostic"):
+            raise BadInput(f"task={FIDELITY} has neither options nor modes; allowed: length, forced and samples")
+        self.evaluation()
+
+    @property
+    def on_documents(self) -> bool:
+        """Whether divergence is measured, and not answers."""
+        return self.task == FIDELITY
+
+    @property
+    def folder(self) -> str:
+        """Where results go."""
+        return f"results/search/{self.task}" if self.output is None else self.output
+
+    def evaluation(self, policies: Sequence[str] = (FULL,)) -> EvalJob:
+        """The evaluation of some policies on the same samples.
+
+        Raises:
+            BadInput: no such task, or options that it does not have.
+        """
+        return EvalJob(
+            name=f"search/{self.task}",
+            models=(self.model,),
+            policies=tuple(policies),
+            tasks=() if self.on_documents else (self._task(),),
+            fidelity=FidelitySection(self.samples, self.length, self.forced)
+            if self.on_documents
+            else FidelitySection(),
+            seed=self.seed,
+            batch=self.batch,
+            chat=self.chat,
+            dtype=self.dtype,
+            text=self.text,
+            calibration=self.calibration,
+            output=self.folder,
+        )
+
+    def _task(self) -> TaskSection:
+        return TaskSection(self.task, (self.length,), self.samples, (self.mode,), self.options)
