@@ -11,7 +11,7 @@ from kvx.errors import BadInput
 from kvx.eval.job import EvalJob
 from kvx.eval.provenance import provenance, replace_file
 from kvx.eval.records import COSTS, KEPT, RECORDS, Record, read
-from kvx.eval.summary import as_csv, summary, table
+from kvx.eval.summary import as_csv, as_markdown, summary, table
 from kvx.prose import Prose
 from kvx.section_file import table_from
 
@@ -79,11 +79,14 @@ def write_summary(folder: Path) -> None:
     write_report(folder)
 
 
-def print_rows(folder: Path, as_json: bool = False) -> None:
-    """The table of a folder's records, or its rows as JSON, on standard output."""
+def print_rows(folder: Path, as_json: bool = False, markdown: bool = False) -> None:
+    """The table of a folder's records, its rows as JSON, or what a RESULTS file wants, on standard output."""
     rows = summary(read(folder / RECORDS, Record))
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    if markdown:
+        print(as_markdown(rows), end="")
         return
     # A table in a file or a pipe should not be cut to the width of a terminal that is not there.
     Console(width=None if Console().is_terminal else 230).print(table(rows))

@@ -3,8 +3,9 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -103,6 +104,49 @@ def as_csv(rows: Sequence[Row]) -> str:
              _number(row.retention), *(each for name in measures for each in _numbers(row.measures.get(name)))]
         )  # fmt: skip
     return target.getvalue()
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """For a RESULTS file: a table a model and length, a line a policy, a column a task and mode."""
+    parts = []
+    for (model, length), group in _grouped(rows, lambda row: (row.cell.model, row.cell.length)).items():
+        found = {(row.cell, row.policy): row for row in group}
+        cells = sorted({row.cell for row in group}, key=_order)
+        policies = list(
+            dict.fromkeys(row.policy for row in sorted(group, key=lambda row: (row.policy != FULL, -row.share)))
+        )
+        heads = [_told(cell, found[cell, FULL].score.count if (cell, FULL) in found else 0) for cell in cells]
+        lines = [
+            f"{model}, {length} tokens:",
+            "",
+            "| " + " | ".join(["policy", "stored, of bf16", "read, of bf16", *heads]) + " |",
+            "| " + " | ".join(["---"] * (3 + len(heads))) + " |",
+        ]
+        for policy in policies:
+            some = next(found[cell, policy] for cell in cells if (cell, policy) in found)
+            whole = some.cache_bytes / some.share if some.share else math.nan
+            scores = [_score(found.get((cell, policy))) for cell in cells]
+            lines.append(
+                "| " + " | ".join([policy, f"{some.share:.1%}", f"{some.bytes_read / whole:.1%}", *scores]) + " |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _told(cell: Cell, count: int) -> str:
+    named = cell.task if cell.task == FIDELITY else f"{cell.task}, {cell.mode}"
+    return f"{named} (n = {count})"
+
+
+def _score(row: Row | None) -> str:
+    return "" if row is None else _interval(row.score)
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def _row(cell: Cell, policy: str, found: dict[int, Record], full: dict[int, Record]) -> Row:

@@ -54,16 +54,16 @@ def judge(
     if any(policy.by_kind for policy in policies):
         policies = [policy.with_kinds(token_kinds(tokenizer)) for policy in policies]
     rows = _rows(held_out, tokenizer, job.data.sequence)
-    found = []
-    with Steps(2 * len(policies), console) as steps:
+    with Steps(len(policies) + job.evaluate.passkey, console) as steps:
         measured = perplexities(model, rows, job.data.sequence // 2, policies)
+        sizes = []
         for policy in policies:
             steps(f"perplexity: {policy.text}")
-            perplexity, nbytes, _ = next(measured)
-            steps(f"passkey: {policy.text}")
-            share = _passkey(model, tokenizer, held_out, job, policy) if job.evaluate.passkey else None
-            found.append(Verdict(policy.text, perplexity, nbytes, share))
-    return tuple(found)
+            sizes.append(next(measured)[:2])
+        shares = _passkeys(model, tokenizer, held_out, job, policies, steps)
+    return tuple(
+        Verdict(policy.text, *size, shares.get(policy.text)) for policy, size in zip(policies, sizes, strict=True)
+    )
 
 
 def _rows(held_out: Sequence[Any], tokenizer: Tokenizer, sequence: int) -> Int[np.ndarray, "B T"]:
@@ -74,18 +74,26 @@ def _rows(held_out: Sequence[Any], tokenizer: Tokenizer, sequence: int) -> Int[n
     return np.concatenate(whole or [batches[0].tokens])
 
 
-def _passkey(model: Decoder, tokenizer: Tokenizer, held_out: Sequence[Any], job: Job, policy: kvx.Policy) -> float:
-    """Share of keys found; the question is part of the prompt."""
-    from kvx.eval.passkey import ANSWER, passkeys, spread
+def _passkeys(
+    model: Decoder, tokenizer: Tokenizer, held_out: Sequence[Any], job: Job, policies: list[kvx.Policy], steps: Steps
+) -> dict[str, float]:
+    """Share of keys found, by a policy's text; the question is part of the prompt."""
+    from kvx.eval.answering import answer, batches
+    from kvx.eval.prompts import Frame
+    from kvx.eval.tasks.registry import find
+    from kvx.eval.tasks.source import Source
 
+    count, task, frame = job.evaluate.passkey, find("passkey"), Frame()
+    if not count:
+        return {}
     prose = Prose("held-out text", "\n\n".join(_texts(held_out, tokenizer)))
-    count, length = job.evaluate.passkey, job.evaluate.passkey_length
-    right = 0
-    for prompt in passkeys(tokenizer, prose, length, spread(count), job.seed):
-        tokens = np.asarray([prompt.tokens], np.int32)
-        answer = kvx.generate(model, tokens, policy=policy, max_new_tokens=ANSWER)
-        right += prompt.correct(tokenizer.decode(np.asarray(answer.tokens)[0]))
-    return right / count
+    samples = task.make(Source(tokenizer, prose, frame), job.evaluate.passkey_length, count, job.seed)
+    shares = dict.fromkeys((policy.text for policy in policies), 0.0)
+    for number, batch in enumerate(batches(tokenizer, frame, samples, 1, "aware"), 1):
+        steps(f"passkeys: {number} of {count}")
+        for policy, answered in answer(model, tokenizer, batch, "aware", policies):
+            shares[policy.text] += task.score(answered.texts[0][0], batch.samples[0].questions[0]) / count
+    return shares
 
 
 def _texts(held_out: Sequence[Any], tokenizer: Tokenizer) -> list[str]:

@@ -160,7 +160,7 @@ def as_json(job: Job, plans: Sequence[Plan], checks: Sequence[Checked]) -> dict[
     }  # fmt: skip
 
 
-def size(count: float) -> str:
+def size(count: int) -> str:
     """Bytes in the unit that leaves a number below 1024."""
     power = min(int(math.log(count, 1024)), len(UNITS) - 1) if count >= 1 else 0
     return f"{count / 1024**power:.{2 if power else 0}f} {UNITS[power]}"

@@ -17,6 +17,7 @@ def evaluate(
         bool, typer.Option("--report", help="Run nothing: summary and report anew from what is there.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of a table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables for a RESULTS file.")] = False,
 ) -> None:
     """Find out what policies cost: tasks with intervals, fidelity, bytes and time, resumable, with a report to look at.
 
@@ -53,4 +54,4 @@ def evaluate(
     else:
         enable_compilation_cache()
         run(job)
-    print_rows(Path(job.folder), as_json=json)
+    print_rows(Path(job.folder), as_json=json, markdown=markdown)

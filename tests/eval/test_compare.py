@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from kvx.errors import BadInput
 from kvx.eval.compare import DEFAULTS, Workload, checked_out, compare_policies, default_policies
 from kvx.eval.frontier_plot import frontier
 from kvx.eval.perplexity import as_bfloat16
+from kvx.eval.records import RECORDS, Record, read
 from kvx.eval.results import print_results
 from kvx.prose import prose
 from tests.eval.letters import Letters
@@ -31,10 +33,10 @@ POLICIES = ("snapkv(budget=80)", "q_filters(budget=80)", "kivi(bits=2)")
 
 
 @pytest.fixture(scope="module")
-def results():
+def results(tmp_path_factory):
     policies = [kvx.parse_policy(text) for text in POLICIES]
-    console = Console(file=io.StringIO())
-    return compare_policies((model(), Letters()), policies, prose(), SMALL, console=console)
+    console, out = Console(file=io.StringIO()), tmp_path_factory.mktemp("compare")
+    return compare_policies((model(), Letters()), policies, prose(), SMALL, out=out, console=console)
 
 
 def test_every_policy_has_every_number_and_the_full_cache_comes_first(results):
@@ -49,7 +51,8 @@ def test_every_policy_has_every_number_and_the_full_cache_comes_first(results):
 
 
 def test_bytes_are_those_of_the_cache_at_the_longest_prompt(results):
-    _, cache = kvx.prefill(model(), prompts(384)[0], kvx.policies.snapkv(budget=80), max_new_tokens=16)
+    # Room for the question, letter by letter, and its answer, in multiples of 64.
+    _, cache = kvx.prefill(model(), prompts(384)[0], kvx.policies.snapkv(budget=80), max_new_tokens=128)
     row = results.policies[1]
     assert row.cache_bytes == cache.nbytes and row.policy == "snapkv(budget=80)"
 
@@ -87,9 +90,21 @@ def test_a_results_folder_that_cannot_be_is_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_policy_given_twice_is_refused():
+def test_a_policy_given_twice_is_refused(tmp_path):
     with pytest.raises(BadInput, match="given twice"):
-        compare_policies((model(), Letters()), [kvx.policies.full()] * 2, prose(), SMALL)
+        compare_policies((model(), Letters()), [kvx.policies.full()] * 2, prose(), SMALL, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_is_an_evaluation_and_another_one_replaces_it(tmp_path):
+    tiny = replace(SMALL, passkey=((320, 2),))
+    console = Console(file=io.StringIO())
+    for policy in ("knorm(budget=80)", "streaming_llm(budget=64)"):
+        compare_policies((model(), Letters()), [kvx.parse_policy(policy)], prose(), tiny, out=tmp_path, console=console)
+        records = read(tmp_path / RECORDS, Record)
+        assert {each.policy for each in records} == {"full", policy}
+        assert len(records) == 2 * (2 * 2 + 2), "two prompts in two modes, two documents"
+        assert (tmp_path / "report.html").exists() and (tmp_path / "summary.csv").exists()
 
 
 def test_the_default_list_has_the_full_cache_and_ten_more():
