@@ -139,14 +139,19 @@ class Fidelity:
 
     def as_json(self, bins: int) -> dict[str, Any]:
         """All of it but single steps, as JSON can hold it."""
+        attention: dict[str, Any] = {}
+        if self.asked:
+            attention = {
+                "layers": self.attention_errors.mean(axis=0).tolist(),
+                "head_errors": [heads.tolist() for heads in self.head_errors],
+                "head_recalls": [heads.tolist() for heads in self.head_recalls],
+            }
         return {
             "policy": self.policy,
             "kl": asdict(self.kl),
             "divergence": self.divergence.tolist(),
             **{name: values.tolist() for name, values in self.measures().items()},
-            "layers": self.attention_errors.mean(axis=0).tolist(),
-            "head_errors": [heads.tolist() for heads in self.head_errors],
-            "head_recalls": [heads.tolist() for heads in self.head_recalls],
+            **attention,
             "by_position": [asdict(each) for each in self.by_position(bins)],
             "cache_bytes": self.cache_bytes,
             "bf16_bytes": self.bf16_bytes,

@@ -130,6 +130,14 @@ def attention_map(model, texts):
     return [(weights[group, head], values[group]) for group in range(len(keys)) for head in range(queries.shape[1])]
 
 
+def test_without_a_look_at_attention_the_distributions_are_the_same(model, texts, found):
+    (bare,) = fidelity(model, texts, PROMPT, [POLICIES["evicts"]], most=0)
+    np.testing.assert_allclose(bare.divergence, found["evicts"].divergence, rtol=1e-3)
+    np.testing.assert_allclose(bare.surprisals, found["evicts"].surprisals, rtol=1e-4)
+    assert set(bare.measures()) == {"agreement", "perplexity"}
+    assert "layers" not in bare.as_json(bins=2)
+
+
 @pytest.mark.slow
 def test_codes_hold_every_token_and_err_all_the_same(model, texts):
     (codes,) = fidelity(model, texts, PROMPT, [kivi(bits=2, group=16, residual=16)])
@@ -188,5 +196,5 @@ def test_table_and_json_tell_what_was_found(found):
 def test_what_cannot_be_measured_is_refused(model, texts):
     with pytest.raises(kvx.BadInput, match="prompt=61 of documents of 62 tokens; allowed: 1 to 60"):
         fidelity(model, texts, LENGTH - 1, [full()])
-    with pytest.raises(kvx.BadInput, match="most=0"):
-        fidelity(model, texts, PROMPT, [full()], most=0)
+    with pytest.raises(kvx.BadInput, match="most=-1"):
+        fidelity(model, texts, PROMPT, [full()], most=-1)
