@@ -203,7 +203,8 @@ class _Study:
             documents=section.documents, prompt=section.prompt, forced=section.forced, most=section.most,
             seed=self.job.seed, console=self.console,
         ):  # fmt: skip
-            append(self.folder / RECORDS, [record])
+            if (record.cell, record.policy, record.index) not in done:
+                append(self.folder / RECORDS, [record])
 
     def _cost(self) -> None:
         from kvx.eval.cost import costs

@@ -1,5 +1,6 @@
-# ruff: noqa: RUF001 (the Chinese marks are what is meant)
 """Answers made comparable: case, punctuation, articles and blanks do not count."""
+
+# ruff: noqa: RUF001 (the Chinese marks are what is meant)
 
 import re
 import string
