@@ -1,5 +1,6 @@
-# ruff: noqa: RUF001 (the Chinese marks are what is meant)
 """InfiniteBench's prompts for open models and its output limits, to the letter (Zhang et al. 2024)."""
+
+# ruff: noqa: RUF001 (the Chinese marks are what is meant)
 
 _OPTIONS = "A. {A}\nB. {B}\nC. {C}\nD. {D}\n\n"
 _HIDDEN = "There is an important info hidden inside a lot of irrelevant text. Find it"

@@ -1,5 +1,6 @@
-# ruff: noqa: RUF001 (the Chinese marks are what is meant)
 """LongBench's prompts and output limits, to the letter: they are part of the benchmark (Bai et al. 2024)."""
+
+# ruff: noqa: RUF001 (the Chinese marks are what is meant)
 
 _QASPER = (
     "as concisely as you can, using a single phrase or sentence if possible. If the question cannot be answered based "
