@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -74,14 +75,15 @@ def test_an_answer_is_what_generating_alone_gives(done, loaded):
     asked = tokenizer.encode(sample.questions[0].text + sample.questions[0].prefix)
     for text in ("full", "snapkv(budget=0.5)"):
         policy = kvx.parse_policy(text)
-        _, cache = kvx.prefill(decoder, [context], policy, max_new_tokens=len(asked) + 10)
-        result = kvx.generate(decoder, [asked], policy=policy, cache=cache, max_new_tokens=10, stop=[14, 95])
+        _, cache = kvx.prefill(decoder, np.asarray([context]), policy, max_new_tokens=len(asked) + 10)
+        result = kvx.generate(decoder, np.asarray([asked]), policy=policy, cache=cache, max_new_tokens=10, stop=[14])
         alone = tokenizer.decode([token for token in result.tokens[0].tolist() if token >= 0])
         found = next(
             each for each in done[1]
             if each.cell.task == "passkey" and each.cell.mode == "agnostic" and each.policy == text and each.index == 1
         )  # fmt: skip
-        assert alone.startswith(found.answers[0]) and len(alone) <= len(found.answers[0]) + 1
+        assert alone.startswith(found.answers[0])
+        assert alone[len(found.answers[0]) :][:1] in ("", ".", "\n"), "cut where it ends"
 
 
 def test_what_was_interrupted_goes_on_where_it_stopped_and_ends_in_the_same_table(done, loaded, tmp_path, monkeypatch):
