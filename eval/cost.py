@@ -25,7 +25,7 @@ def costs(
     lengths: Sequence[int],
     batches: Sequence[int],
     *,
-    tokens: Int[np.ndarray, "N"],
+    tokens: np.ndarray,
     steps: int = 16,
     repeats: int = 3,
 ) -> Iterator[Cost]:
@@ -44,7 +44,8 @@ def costs(
         policies: calibrated where they need it.
         lengths: tokens of every prompt.
         batches: prompts at once.
-        tokens: ids of a text; prompts are consecutive pieces of it, from its beginning again where it is too short.
+        tokens: ids of a text, (length,) integers; prompts are consecutive pieces of it, from its beginning again where
+            it is too short.
         steps: decode steps that are timed together.
         repeats: times that prefill and steps are timed.
 

@@ -4,7 +4,9 @@ The cache is built, not estimated: the same code runs over shapes, so positions,
 padding are all in it, and a policy that cannot serve the model refuses it as it would refuse the real one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, TypeVar
 
@@ -87,14 +89,11 @@ def shapes(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def grown(one: tuple[Part, ...], two: tuple[Part, ...], rows: int) -> tuple[Part, ...]:
-    """The cache of any batch, from those of one row and of two: every axis of every array grows evenly."""
-
-    def array(one: Any, two: Any) -> Any:
-        axes = zip(one.shape, two.shape, strict=True)
-        return jax.ShapeDtypeStruct(tuple(a + (rows - 1) * (b - a) for a, b in axes), one.dtype)
-
-    return tuple(first._replace(array=array(first.array, second.array)) for first, second in zip(one, two, strict=True))
+def grown(one: Part, two: Part, rows: int) -> Part:
+    """A part of the cache of any batch, from those of one row and of two: every axis grows evenly."""
+    axes = zip(one.array.shape, two.array.shape, strict=True)
+    shape = tuple(first + (rows - 1) * (second - first) for first, second in axes)
+    return one._replace(array=jax.ShapeDtypeStruct(shape, one.array.dtype))
 
 
 @dataclass(frozen=True)
@@ -114,29 +113,36 @@ class Split:
 
     def parameters(self, model: Any) -> int:
         """Bytes of a model, or of a part of one, on one chip."""
-        placed = place_parameters(self._placement, shapes(model))
-        return sum(self._part(leaf) for leaf in jax.tree.leaves(placed))
+        return sum(
+            _shard(leaf, self.tiled) for leaf in jax.tree.leaves(place_parameters(self.placement, shapes(model)))
+        )
 
-    def cache(self, cache: tuple[Part, ...], rows: int, kv_heads: int) -> CacheBytes:
+    def cache(self, cache: Iterable[Part], rows: int, kv_heads: int) -> CacheBytes:
         """Bytes of a cache on one chip."""
+        return CacheBytes.of(cache, lambda part: self.part(part, rows, kv_heads))
 
-        def size(part: Part) -> int:
-            if part.whole:
-                return self._part(self._placement.put(part.array, ()))
-            return self._part(place_cache(self._placement, part.array, rows, kv_heads))
-
-        return CacheBytes.of(cache, size)
+    def part(self, part: Part, rows: int, kv_heads: int) -> int:
+        """Bytes of one of its arrays."""
+        return _bytes(self, part.array.shape, part.array.dtype, rows, kv_heads, part.whole)
 
     def array(self, aval: Any, rows: int, kv_heads: int) -> int:
-        """Bytes on one chip of an array that a prefill makes, placed as those of a cache."""
-        if device_bytes(aval) == 0:
-            return 0
-        return self._part(place_cache(self._placement, shapes(aval), rows, kv_heads))
+        """Bytes on one chip of an array that a prefill makes, by its abstract value, placed as those of a cache."""
+        return _bytes(self, aval.shape, aval.dtype, rows, kv_heads, False) if device_bytes(aval) else 0
 
     @property
-    def _placement(self) -> Placement:
+    def placement(self) -> Placement:
+        """On a mesh without devices."""
         return Placement(AbstractMesh((self.chips,), ("tensor",)), RULES)
 
-    def _part(self, leaf: Any) -> int:
-        shape, itemsize = leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize
-        return tiled_bytes(shape, itemsize) if self.tiled else prod(shape) * itemsize
+
+@lru_cache(maxsize=4096)
+def _bytes(split: Split, shape: tuple[int, ...], dtype: Any, rows: int, kv_heads: int, whole: bool) -> int:
+    """Equal layers ask the same of it."""
+    array = jax.ShapeDtypeStruct(shape, dtype)
+    placed = split.placement.put(array, ()) if whole else place_cache(split.placement, array, rows, kv_heads)
+    return _shard(placed, split.tiled)
+
+
+def _shard(placed: Any, tiled: bool) -> int:
+    shape, itemsize = placed.sharding.shard_shape(placed.shape), placed.dtype.itemsize
+    return tiled_bytes(shape, itemsize) if tiled else prod(shape) * itemsize

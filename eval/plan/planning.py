@@ -1,5 +1,6 @@
 """A plan: bytes, limits and times of a model under some policies on some chips, from shapes and peaks alone."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,7 +129,6 @@ class Planner:
         chip = job.machine.chip
         self.split = Split(job.machine.chips, tiled=bool(chip.topologies))
         self.kv_heads = self.model.blocks[0].spec.kv_heads
-        self.full: int | None = None
 
     @property
     def longest(self) -> int:
@@ -141,9 +141,11 @@ class Planner:
         Raises:
             BadInput: a policy that cannot serve the model; more positions than it has.
         """
-        self.full = CacheBytes.of(self.prefill(full_policy(), self.job.context, self.job.batch).cache).total
-        for policy in policies:
-            yield self._plan(policy)
+        full = CacheBytes.of(self.prefill(full_policy(), self.job.context, self.job.batch).cache).total
+        # All of them first: what one of them cannot do is said before the others' figures.
+        prefills = [self.prefill(policy, self.job.context, self.job.batch) for policy in policies]
+        for policy, prefill in zip(policies, prefills, strict=True):
+            yield self._plan(policy, prefill, full)
 
     def prefill(self, policy: Policy, context: int, rows: int) -> AbstractPrefill:
         """The job's prefill with another context or batch."""
@@ -152,9 +154,14 @@ class Planner:
     def load(self, policy: Policy, context: int) -> Load:
         """What the policy asks of the machine."""
         one, two = (self.prefill(policy, context, rows) for rows in (1, 2))
+        pairs = zip(one.cache, two.cache, strict=True)
+        alike = Counter((first._replace(path=()), second._replace(path=())) for first, second in pairs)
 
         def cache(rows: int) -> int:
-            return self.split.cache(grown(one.cache, two.cache, rows), rows, self.kv_heads).device
+            sizes = {
+                pair: self.split.part(grown(*pair, rows), rows, self.kv_heads) for pair in alike if not pair[0].host
+            }
+            return sum(alike[pair] * size for pair, size in sizes.items())
 
         weights = self.split.parameters(self.model) + policy.nbytes
         looked_up = 0 if self.model.head is None else self.split.parameters(self.model.embedding)
@@ -168,22 +175,20 @@ class Planner:
             step=token_operations(self.model),
         )
 
-    def _plan(self, policy: Policy) -> Plan:
+    def _plan(self, policy: Policy, prefill: AbstractPrefill, full: int) -> Plan:
         job, machine = self.job, self.job.machine
         load = self.load(policy, job.context)
-        prefill = self.prefill(policy, job.context, job.batch)
         whole_cache = CacheBytes.of(prefill.cache)
         alive = most_alive(prefill.trace, lambda aval: self.split.array(aval, job.batch, self.kv_heads))
         peak = load.weights + alive
         step = step_seconds(load, machine, job.batch)
         longest, limited = self.largest_context(policy, load.weights)
-        assert self.full is not None, "plans() counts the full cache first"
         return Plan(
             policy=policy.text,
             cache=whole_cache.total,
             metadata=whole_cache.metadata,
             host=whole_cache.host,
-            share=whole_cache.total / self.full,
+            share=whole_cache.total / full,
             read=prefill.read,
             weights=load.weights,
             resident=load.cache(job.batch),

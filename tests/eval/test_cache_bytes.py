@@ -43,6 +43,6 @@ def test_every_wide_array_is_content_or_a_known_table(name):
 
 def test_values_that_wait_on_the_host_are_counted_there():
     tokens, _ = tiny.prompts(300)
-    _, cache = kvx.prefill(tiny.model(num_hidden_layers=2), tokens, kvx.parse_policy("shadowkv(budget=64)"))
+    _, cache = kvx.prefill(tiny.model(num_hidden_layers=2), tokens, CASES["shadowkv"].build(64))
     found = CacheBytes.of(parts(cache))
     assert found.host == cache.host_nbytes > 0 and found.total == cache.nbytes

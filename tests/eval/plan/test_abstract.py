@@ -42,7 +42,7 @@ def test_every_cache_grows_evenly_with_its_rows(name):
     policy = CASES[name].build(128)
     model = shapes(abstract_model(MODEL, jnp.float32))
     one, two, five = (abstract_prefill(model, policy, 256, rows, 64).cache for rows in (1, 2, 5))
-    assert sizes(grown(one, two, 5)) == sizes(five)
+    assert sizes(grown(*pair, 5) for pair in zip(one, two, strict=True)) == sizes(five)
 
 
 def test_where_the_data_decide_the_cache_is_the_largest_they_can_ask_for():

@@ -1,9 +1,11 @@
 """Claims about the TPU compiler: it counts the bytes that a plan says, and a chip without one is refused."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,11 +52,11 @@ def test_the_compiler_counts_what_the_plan_says(tmp_path):
     """In a process of its own: libtpu stays in it, and shapes there are not checked for being arrays."""
     config = tmp_path / "smollm.json"
     config.write_text(json.dumps(SMOLLM))
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.eval.plan.test_check", str(config)],
-        cwd=ROOT, capture_output=True, text=True, timeout=1800,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "tests.eval.plan.test_check", str(config)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    with open(Path(tempfile.gettempdir()) / "kvx-libtpu.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 0, ended.stderr[-2000:]
     checks = json.loads(ended.stdout.splitlines()[-1])
     assert [each["policy"] for each in checks] == list(POLICIES)

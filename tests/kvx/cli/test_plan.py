@@ -15,7 +15,7 @@ from tests.tiny import CONFIG
 def planned(tmp_path, capsys):
     """Runs the command for the tiny model: exit status, standard output, standard error."""
     path = tmp_path / "model.json"
-    path.write_text(json.dumps(CONFIG))
+    path.write_text(json.dumps({**CONFIG, "max_position_embeddings": 768, "num_hidden_layers": 2}))
     app = typer.Typer()
     app.command()(plan)
 
@@ -43,9 +43,11 @@ def test_a_table_with_formulas_and_a_picture(planned, tmp_path):
 
 
 def test_json_has_the_full_cache_first_and_once(planned):
-    status, out, _ = planned("-p", "full", "-p", "quest(budget=64)", "--chip", "h100", "--users", "3", "--json")
+    status, out, _ = planned(
+        "-p", "full", "-p", "quest(budget=64, skip=(0,))", "--chip", "h100", "--users", "3", "--json"
+    )
     found = json.loads(out)
-    assert status == 0 and [each["policy"] for each in found["policies"]] == ["full", "quest(budget=64)"]
+    assert status == 0 and [each["policy"] for each in found["policies"]] == ["full", "quest(budget=64, skip=(0,))"]
     full, quest = found["policies"]
     # A sparse read stores more than all of it and reads less.
     assert quest["cache"] > full["cache"] and quest["read"] < full["read"]
