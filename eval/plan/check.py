@@ -96,7 +96,7 @@ def topology_of(chip: Chip, chips: int) -> str:
         BadInput: none.
     """
     if not chip.topologies:
-        raise BadInput(f"chip={chip.name!r} has no compiler that works without it; allowed with --check: v4, v5e, ...")
+        raise BadInput(f"chip={chip.name!r} has no compiler that works without it; allowed with --check: a TPU")
     found = [name for count, name in chip.topologies if count >= chips]
     if not found:
         raise BadInput(f"chips={chips} is out of range; allowed with --check: 1 to {chip.topologies[-1][0]}")

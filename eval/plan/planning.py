@@ -117,9 +117,10 @@ class Planner:
     """Makes the plans of a job; one model's shapes serve them all."""
 
     def __init__(self, job: Job):
-        """
+        """Find the model's shapes.
+
         Raises:
-            BadInput: a model that cannot be found or computed; more positions than it has.
+            BadInput: a model that cannot be found, or that kvx does not compute.
         """
         self.job = job
         config = model_config(job.model, job.model) if job.model.endswith(".json") else model_config(job.model)
