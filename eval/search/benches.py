@@ -77,7 +77,7 @@ class TaskBench:
 
     def run(self, texts: Sequence[str], samples: Sequence[int]) -> Iterator[list[Record]]:
         """A policy on a batch at a time."""
-        tokenizer, watch = self.candidates.tokenizer, Stopwatch()
+        tokenizer = self.candidates.tokenizer
         policies = [self.candidates.policy(text) for text in texts]
         workers = WORKERS if jax.device_count() == 1 else 1
         for at, batch in enumerate(self.batches):
@@ -85,17 +85,18 @@ class TaskBench:
             rows = [row for row, index in enumerate(indices) if index in samples]
             if not rows:
                 continue
+            watch = Stopwatch()
             for policy, answered in answer(
                 self.candidates.decoder, tokenizer, batch, self.mode, policies, workers=workers, watch=watch
             ):
                 if policy.text == FULL:
                     self.bf16_bytes = as_bfloat16(answered.cache) // self.batch
-                prefill = watch.phases["prefill"]
+                prefill, decode = watch.phases["prefill"], answered.decode
                 yield [
                     recorded(
                         self.task, self.cell, indices[row], policy, batch, row, answered,
                         tokenizer=tokenizer, frame=self.frame, bf16_bytes=self.bf16_bytes,
-                        seconds={"prefill": prefill["wall"], "decode": answered.decode},
+                        seconds={"prefill": prefill["wall"], "decode": decode, "step": decode / answered.steps},
                         compiled=answered.compiled or prefill["compile"] > 0,
                     )
                     for row in rows

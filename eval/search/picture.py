@@ -18,7 +18,7 @@ def frontier_png(found: Found, title: str, quality: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.6), dpi=140, layout="constrained")
+    figure = Figure(figsize=(9, 7), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     edge = found.frontier
@@ -27,7 +27,9 @@ def frontier_png(found: Found, title: str, quality: str) -> bytes:
         if text not in names:
             scores = found.scores[text]
             size = 12 + 40 * len(scores) / found.counts[-1]
-            axes.scatter(found.sized[text], sum(scores) / len(scores), color=_OTHER, s=size, edgecolor="white")
+            axes.scatter(
+                found.sized[text], sum(scores) / len(scores), color=_OTHER, s=size, zorder=2, edgecolor="white"
+            )
     axes.plot(
         [point.nbytes for point in edge], [point.quality for point in edge],
         color=_BEST, alpha=0.45, drawstyle="steps-post", linewidth=1.6, zorder=1,
@@ -45,11 +47,14 @@ def frontier_png(found: Found, title: str, quality: str) -> bytes:
         axes.axhline(full, color="0.4", linewidth=1, linestyle=":", label=f"full cache, {found.sized[FULL]:.0f}")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda size, _: f"{size:.0f}")
-    axes.set(title=title, xlabel="resident bytes of the cache a token of the prompt", ylabel=quality)
+    # A dollar sign would begin a formula.
+    axes.set(
+        title=title.replace("$", r"\$"), xlabel="resident bytes of the cache a token of the prompt", ylabel=quality
+    )
     axes.grid(True, color="0.94", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08, y=0.12)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside lower left", fontsize=8, frameon=False)
     target = io.BytesIO()
     figure.savefig(target, format="png")
     return target.getvalue()

@@ -14,10 +14,10 @@ def batch(*lengths, room=24):
     return Prompts(tokens, counts, room)
 
 
-TEXTS = ("full", "snapkv(budget=0.25, window=8)", "h2o(budget=0.25)+kivi(bits=4, group=16, residual=32)", "mikv")
+TEXTS = ("full", "snapkv(budget=0.25, window=8)", "h2o(budget=0.25)+kivi(bits=4, group=16, residual=32)")
 
 
-@pytest.mark.parametrize("lengths", [(190, 170), (64,)])
+@pytest.mark.parametrize("lengths", [(190, 170), pytest.param((64,), marks=pytest.mark.slow)])
 def test_a_size_from_shapes_is_that_of_the_cache(lengths):
     given = batch(*lengths)
     policies = [kvx.parse_policy(text) for text in TEXTS]
