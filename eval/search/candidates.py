@@ -34,22 +34,39 @@ class Candidates:
         """The policy, told what it has to know of the model; its text stays the one that was asked for.
 
         Raises:
-            BadInput: text that is no policy, or what calibration refuses.
+            BadInput: text that is no policy, or what the model or calibration refuses.
         """
-        if text not in self._made:
-            asked = kvx.parse_policy(text)
-            asked.check([block.spec for block in self.decoder.blocks])
-            (self._made[text],) = ready([asked], self.decoder, self.tokenizer, self.prose, self.calibration, self.seed)
+        if refused := self._make([text]).get(text):
+            raise refused
         return self._made[text]
 
     def sizes(self, texts: Sequence[str], prompts: Prompts) -> Mapping[str, int | BadInput]:
         """Bytes of one prompt's cache under every policy, or why the model cannot have it."""
-        found: dict[str, int | BadInput] = {}
+        refused = self._make(texts)
+        possible = [text for text in texts if text not in refused]
+        sizes = cache_sizes(self.decoder, prompts, [self._made[text] for text in possible])
+        return refused | dict(zip(possible, sizes, strict=True))
+
+    def _make(self, texts: Sequence[str]) -> dict[str, BadInput]:
+        """Make ready what is not yet, together, so that one calibration may serve all; returns what cannot be."""
+        asked: dict[str, kvx.Policy] = {}
+        refused: dict[str, BadInput] = {}
         for text in texts:
-            try:
-                self.policy(text)
-            except BadInput as error:
-                found[text] = error
-        possible = [text for text in texts if text not in found]
-        sizes = cache_sizes(self.decoder, prompts, [self.policy(text) for text in possible])
-        return found | dict(zip(possible, sizes, strict=True))
+            if text not in self._made:
+                try:
+                    asked[text] = kvx.parse_policy(text)
+                    asked[text].check([block.spec for block in self.decoder.blocks])
+                except BadInput as error:
+                    refused[text] = error
+        chosen = {text: policy for text, policy in asked.items() if text not in refused}
+        try:
+            self._made |= dict(zip(chosen, self._ready(list(chosen.values())), strict=True))
+        except BadInput as error:
+            if len(chosen) == 1:
+                return refused | dict.fromkeys(chosen, error)
+            for text in chosen:
+                refused |= self._make([text])
+        return refused
+
+    def _ready(self, policies: list[kvx.Policy]) -> list[kvx.Policy]:
+        return ready(policies, self.decoder, self.tokenizer, self.prose, self.calibration, self.seed)
