@@ -100,8 +100,11 @@ class Space:
 
     def but(self, refused: Mapping[str, str]) -> "Space":
         """Without some methods, each with the reason."""
-        kept = [tuple(each for each in part if each.name not in refused) for part in (self.selections, self.stores)]
-        return Space(*kept, {**self.left_out, **refused})
+
+        def kept(part: tuple[Method, ...]) -> tuple[Method, ...]:
+            return tuple(each for each in part if each.name not in refused)
+
+        return Space(kept(self.selections), kept(self.stores), {**self.left_out, **refused})
 
     def draw(self, pick: Pick) -> str:
         """One policy's text, from what is picked for every question in turn."""
