@@ -131,19 +131,25 @@ def formula_table(job: Job) -> Table:
 
 def check_table(checks: Sequence[Checked]) -> Table:
     """The compiler's words beside the plan's."""
-    table = Table(title=f"the compiler for {checks[0].topology}, bytes on a chip", title_justify="left")
-    for name in ("", "planned", "compiled", "error", "temporaries", "prefill peak", "compiled in"):
-        table.add_column(name, justify="left" if not name else "right", overflow="fold")
+    table = Table(title=f"the TPU compiler for {checks[0].topology}, on a chip", title_justify="left")
+    table.add_column("")
     for each in checks:
-        if each.refusal is not None:
-            table.add_row(each.policy, size(each.predicted), f"does not fit: {each.refusal}", "", "", "", "")
-            continue
-        peak = "" if each.prefill_peak is None else size(each.prefill_peak)
-        table.add_row(
-            each.policy, size(each.predicted), size(each.arguments), f"{100 * each.error:+.2f} %",
-            size(each.temporaries), peak, f"{each.seconds:.0f} s",
-        )  # fmt: skip
+        table.add_column(each.policy, justify="right", overflow="fold")
+    table.add_row("weights and cache, planned", *(size(each.predicted) for each in checks))
+    table.add_row("a step's arguments, compiled", *(_known(each, size(each.arguments)) for each in checks))
+    table.add_row("  error of the plan", *(_known(each, f"{100 * each.error:+.2f} %") for each in checks))
+    table.add_row("a step's temporaries", *(_known(each, size(each.temporaries)) for each in checks))
+    table.add_row("prefill peak, with scratch", *(_peak(each) for each in checks))
+    table.add_row("compiled in", *(f"{each.seconds:.0f} s" for each in checks))
     return table
+
+
+def _known(checked: Checked, figure: str) -> str:
+    return figure if checked.refusal is None else f"does not fit: {checked.refusal}"
+
+
+def _peak(checked: Checked) -> str:
+    return "not compiled" if checked.prefill_peak is None else size(checked.prefill_peak)
 
 
 def as_json(job: Job, plans: Sequence[Plan], checks: Sequence[Checked]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from rich.console import Console
 
 import kvx
 from kvx.errors import BadInput
 from kvx.eval.cache_bytes import CacheBytes
 from kvx.eval.plan import tables
+from kvx.eval.plan.check import Checked
 from kvx.eval.plan.chips import GIB, Chip, find_chip
 from kvx.eval.plan.planning import Job, Planner
 from kvx.eval.plan.roofline import Machine, step_seconds, users
@@ -116,6 +118,16 @@ def test_tables_and_json_hold_every_figure_with_its_formula(config):
     assert found["chip"]["memory"] == 32 * GIB and found["ridge"] == pytest.approx(560, rel=0.01)
     shown = tables.plan_table(job, plans)
     assert len(shown.rows) == len(tables.FIGURES) and tables.formula_table(job).row_count > len(tables.FIGURES)
+
+
+def test_the_compilers_words_stand_beside_the_plans():
+    good = Checked("full", "v5e:2x2", 1000, 1010, 5, 2000, 3.0)
+    bad = Checked("wide", "v5e:2x2", 1000, 0, 0, None, 3.0, refusal="RESOURCE_EXHAUSTED: 20 GiB")
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(tables.check_table([good, bad]))
+    assert "-0.99 %" in shown.get() and "does not fit: RESOURCE_EXHAUSTED" in shown.get()
+    assert good.as_json()["error"] == pytest.approx(-0.0099, abs=1e-4) and bad.as_json()["error"] is None
 
 
 def test_sizes_and_durations_read_well():
