@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 import kvx
+from kvx.buckets import round_up
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.eval.prompts import Frame
@@ -26,8 +27,9 @@ from kvx.eval.tasks.sample import Question, Sample
 
 Mode = Literal["agnostic", "aware", "turns"]
 
-PIECE = 64
-"""Widths of prompts, and room for answers, are multiples of it: few shapes, hence few compiled programs."""
+PIECE = 32
+"""Widths of prompts, and room for questions and answers, are multiples of it: few compiled programs, and bytes that are
+not much more than what is needed."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ def batches(tokenizer: Any, frame: Frame, samples: Sequence[Sample], size: int, 
                 [contexts[row] for row in rows],
                 [questions[row] for row in rows],
                 [turns[row] for row in rows],
-                -(-longest // PIECE) * PIECE,
-                -(-room // PIECE) * PIECE,
+                round_up(longest, PIECE),
+                round_up(room, PIECE),
             )
         )
     return found

@@ -66,5 +66,6 @@ def _samples(source: Source, length: int, count: int, seed: int, name: str, digi
 
 
 def _question(source: Source, key: str, value: str) -> Question:
-    opening = f'The value of "{key}" is "'
+    # The answer opens as the object's line does, which even a small model knows how to go on.
+    opening = f'"{key}": "'
     return Question(f'\n\nKey: "{key}"\n', (value,), opening, new_tokens=room(source, value + '"'), stop=('"',))

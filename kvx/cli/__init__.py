@@ -12,7 +12,9 @@ from kvx.cli.distill import distill
 from kvx.cli.eval import evaluate
 from kvx.cli.fetch import fetch
 from kvx.cli.generate import generate
+from kvx.cli.plan import plan
 from kvx.cli.policies import policies
+from kvx.cli.search import search
 from kvx.cli.search import search
 from kvx.errors import BadInput
 
