@@ -1,6 +1,7 @@
 """What runs policies for a search: a task's samples, or documents; both yield the records of `kvx eval`."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,8 @@ def _rows(job: SearchJob, samples: int) -> int:
 
 class TaskBench:
     """A task's samples, in batches of one shape in the order in which a search spends them."""
+
+    floor = 0.0
 
     def __init__(self, job: SearchJob, candidates: Candidates, records: Sequence[Record]):
         (section,) = job.evaluation().tasks
@@ -113,6 +116,8 @@ class TaskBench:
 
 class DocumentBench:
     """Held-out documents, along which policies are compared with the full cache; the less they diverge, the better."""
+
+    floor = -math.inf
 
     def __init__(self, job: SearchJob, candidates: Candidates):
         self.candidates, self.prompt, self.forced = candidates, job.length, job.forced

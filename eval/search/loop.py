@@ -33,10 +33,12 @@ class Bench(Protocol):
     Attributes:
         samples: how many there are.
         batch: of them, how many are run at a time.
+        floor: quality of what knows nothing; no policy at it is on the frontier, however small.
     """
 
     samples: int
     batch: int
+    floor: float
 
     def sizes(self, texts: Sequence[str]) -> Mapping[str, float | BadInput]:
         """Bytes that a prompt's cache takes, a token of the task's length; or why the model cannot have the policy."""
@@ -62,6 +64,7 @@ class Found:
     Attributes:
         limit: bytes a token.
         counts: samples of each rung.
+        floor: quality of what knows nothing.
         sized: bytes a token of every policy that was looked at, as measured where it was run; or why it cannot be.
         scores: quality by sample, of the policies that were run, in the order in which samples are spent.
         left_out: methods that were not searched, each with the reason.
@@ -69,6 +72,7 @@ class Found:
 
     limit: float
     counts: tuple[int, ...]
+    floor: float
     sized: dict[str, float | BadInput] = field(default_factory=dict)
     scores: dict[str, list[float]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -96,8 +100,8 @@ class Found:
 
     @property
     def frontier(self) -> list[Point]:
-        """Of these, those that no other equals or beats in both quality and bytes, by rising bytes."""
-        return frontier(self.finalists)
+        """Of these, those above the floor that no other equals or beats in both quality and bytes, by rising bytes."""
+        return [point for point in frontier(self.finalists) if point.quality > self.floor]
 
 
 def search(
@@ -147,7 +151,7 @@ class _Search:
         self.known = {(each.policy, each.index): each for each in records}
         self.order = spread(bench.samples)
         self.points: dict[str, Choice] = {}
-        self.found = Found(limit, rungs(bench.batch, bench.samples))
+        self.found = Found(limit, rungs(bench.batch, bench.samples), bench.floor)
 
     def run(self) -> Found:
         waiting = self._methods()

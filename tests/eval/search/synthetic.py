@@ -38,7 +38,7 @@ def worth(text: str) -> float:
 class Synthetic:
     """A bench of `samples` samples, each with a difficulty that all policies share."""
 
-    batch = 4
+    batch, floor = 4, 0.0
 
     def __init__(self, samples: int = 16, noise: float = 0.05):
         self.samples = samples

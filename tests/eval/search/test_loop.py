@@ -124,6 +124,11 @@ def test_a_limit_that_only_chains_meet_is_met():
     assert found.run and all("kivi" in text and "snapkv" in text for text in found.run)
 
 
+def test_a_policy_that_knows_nothing_is_not_on_the_frontier_however_small():
+    found = search(Space.of(only=("knorm",)), Synthetic(noise=0.0), 60.0, 4)
+    assert {point.quality for point in found.finalists} == {0.0} and found.frontier == []
+
+
 def test_a_small_space_ends_when_it_is_used_up():
     found = search(Space.of(only=("paged",)), Synthetic(), FULL_BYTES, 10_000)
     assert set(found.run) == {"full", "paged", "paged(page=8)", "paged(page=32)"}
