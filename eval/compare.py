@@ -1,7 +1,7 @@
 """The main job, a preset of `kvx.eval.run`: many policies over passkey retrieval and held-out prose, with their speed.
 
-Passkey prompts run one by one: a cache with a budget in slots then has one shape, hence one compiled decode program, at
-every prompt length, and its speed is that of batch 1.
+Passkey prompts run one by one, on one device: a cache with a budget in slots then has one shape, hence one compiled
+decode program, at every prompt length, and its speed is that of batch 1.
 """
 
 import os
@@ -18,7 +18,7 @@ import kvx
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.eval.job import FULL, EvalJob, FidelitySection, TaskSection
-from kvx.eval.loading import Loaded, load_over_devices
+from kvx.eval.loading import Loaded
 from kvx.eval.provenance import provenance
 from kvx.eval.readying import ready
 from kvx.eval.records import RECORDS, Record, read
@@ -145,7 +145,7 @@ def compare_policies(
     chosen.sort(key=lambda policy: policy.text != FULL)
     name = model if isinstance(model, str) else type(model[0]).__name__
     with watch.phase("load"):
-        decoder, tokenizer = load_over_devices(model) if isinstance(model, str) else model
+        decoder, tokenizer = kvx.load(model) if isinstance(model, str) else model
     with watch.phase("calibrate"):
         chosen = ready(chosen, decoder, tokenizer, prose, workload.calibration, seed)
     job = workload.job(name, [policy.text for policy in chosen], seed, checked_out(out))

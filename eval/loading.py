@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 import kvx
 from kvx.decoder import Decoder
+from kvx.mesh import placement_of
 
 Loaded = tuple[Decoder, Any]
 """A model and its tokenizer."""
@@ -21,3 +22,10 @@ def load_over_devices(name: str, dtype: str | None = None) -> Loaded:
     """
     mesh = jax.make_mesh((jax.device_count(),), ("data",)) if jax.device_count() > 1 else None
     return kvx.load(name, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
+
+
+def rows_together(decoder: Decoder, batch: int) -> int:
+    """Rows that are run at a time: as many as asked, rounded up to a multiple of the devices that the model is on."""
+    placement = placement_of(decoder)
+    devices = 1 if placement is None else placement.mesh.size
+    return -(-batch // devices) * devices

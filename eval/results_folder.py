@@ -41,9 +41,7 @@ def claim(job: EvalJob, prose: Prose, anew: bool = False) -> Path:
         if (folder / CONFIG).exists():
             _check(folder, wanted)
         elif not anew and any(folder.iterdir()):
-            raise BadInput(
-                f"output={str(folder)!r} holds files that are no evaluation's; allowed: a new or empty folder"
-            )
+            raise BadInput(f"output={str(folder)!r} holds files of something else; allowed: a new or an empty folder")
         else:
             replace_file(folder / CONFIG, (json.dumps({**wanted, **provenance()}, indent=2) + "\n").encode())
     except OSError as error:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
@@ -15,7 +14,7 @@ from kvx.decoder import Decoder
 from kvx.eval.answering import Batch, answer, batches
 from kvx.eval.job import FULL, EvalJob, TaskSection
 from kvx.eval.kept import kept
-from kvx.eval.loading import Loaded, load_over_devices
+from kvx.eval.loading import Loaded, load_over_devices, rows_together
 from kvx.eval.perplexity import WORKERS, as_bfloat16
 from kvx.eval.prompts import Frame
 from kvx.eval.readying import ready
@@ -26,6 +25,7 @@ from kvx.eval.stopwatch import Stopwatch
 from kvx.eval.tasks.registry import Task, find
 from kvx.eval.tasks.sample import Sample
 from kvx.eval.tasks.source import Source
+from kvx.mesh import placement_of
 from kvx.progress import Steps
 from kvx.prose import Prose, prose
 
@@ -125,8 +125,7 @@ class _Study:
     def _units(self) -> Iterator[_Unit]:
         """In the order of the job: all batches of a cell one after the other."""
         source = Source(self.tokenizer, self.prose, self.frame)
-        devices = jax.device_count()
-        size = -(-self.job.batch // devices) * devices
+        size = rows_together(self.decoder, self.job.batch)
         for section in self.job.tasks:
             for length in section.lengths:
                 samples = self._samples(source, section, length)
@@ -153,7 +152,7 @@ class _Study:
         """One batch under some policies; the first batch of a cell compiles, two policies at a time."""
         cell, watch = unit.cell, Stopwatch()
         label = f"{cell.task}, {cell.length} tokens, {cell.mode}, samples {unit.first + 1} to {unit.first + unit.count}"
-        workers = 1 if warm or jax.device_count() > 1 else WORKERS
+        workers = 1 if warm or placement_of(self.decoder) else WORKERS
         found = answer(
             self.decoder, self.tokenizer, unit.batch, cell.mode, policies,
             workers=workers, watch=watch, tell=lambda what: step(f"{label}: {what}"),

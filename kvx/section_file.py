@@ -1,4 +1,4 @@
-"""Configuration files: TOML that may extend another file, overrides from the command line, and the section they make."""
+"""Configuration files: TOML that may extend another file, overrides from the command line, the section they make."""
 
 import tomllib
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
@@ -15,6 +14,7 @@ from kvx.eval.answering import answer, batches
 from kvx.eval.fidelity import Fidelity, fidelity
 from kvx.eval.fidelity.samples import seeded_documents
 from kvx.eval.job import FULL
+from kvx.eval.loading import rows_together
 from kvx.eval.perplexity import WORKERS, as_bfloat16
 from kvx.eval.prompts import Frame
 from kvx.eval.recording import recorded
@@ -28,6 +28,7 @@ from kvx.eval.stopwatch import Stopwatch
 from kvx.eval.summary import FIDELITY
 from kvx.eval.tasks.registry import find
 from kvx.eval.tasks.source import Source
+from kvx.mesh import placement_of
 from kvx.prose import Prose
 
 
@@ -44,12 +45,6 @@ def bench_of(job: SearchJob, decoder: Decoder, tokenizer: Any, prose: Prose, rec
     return DocumentBench(job, candidates) if job.on_documents else TaskBench(job, candidates, records)
 
 
-def _rows(job: SearchJob, samples: int) -> int:
-    """Samples at a time: as asked, for all devices alike."""
-    devices = jax.device_count()
-    return -(-min(job.batch, samples) // devices) * devices
-
-
 class TaskBench:
     """A task's samples, in batches of one shape in the order in which a search spends them."""
 
@@ -64,7 +59,7 @@ class TaskBench:
         source = Source(tokenizer, prose, self.frame)
         made = self.task.make(source, job.length, section.samples, job.seed, **section.options)
         self.samples, self.order = len(made), spread(len(made))
-        self.batch = _rows(job, len(made))
+        self.batch = rows_together(candidates.decoder, min(job.batch, len(made)))
         self.batches = batches(tokenizer, self.frame, [made[index] for index in self.order], self.batch, job.mode)
         self.bf16_bytes = records[0].bf16_bytes if records else 0
 
@@ -82,7 +77,7 @@ class TaskBench:
         """A policy on a batch at a time."""
         tokenizer = self.candidates.tokenizer
         policies = [self.candidates.policy(text) for text in texts]
-        workers = WORKERS if jax.device_count() == 1 else 1
+        workers = 1 if placement_of(self.candidates.decoder) else WORKERS
         for at, batch in enumerate(self.batches):
             indices = self.order[at * self.batch : (at + 1) * self.batch]
             rows = [row for row, index in enumerate(indices) if index in samples]
@@ -123,7 +118,7 @@ class DocumentBench:
         self.candidates, self.prompt, self.forced = candidates, job.length, job.forced
         self.length, self.samples = job.length + job.forced, job.samples
         self.cell = Cell(job.model, FIDELITY, self.length, "agnostic")
-        self.batch = _rows(job, job.samples)
+        self.batch = rows_together(candidates.decoder, min(job.batch, job.samples))
         self.texts = seeded_documents(candidates.tokenizer, candidates.prose, job.samples, self.length, job.seed)
 
     def sizes(self, texts: Sequence[str]) -> Mapping[str, float | BadInput]:

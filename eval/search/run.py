@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 
-import kvx
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
+from kvx.eval.loading import load_over_devices
 from kvx.eval.provenance import replace_file
 from kvx.eval.records import RECORDS, Record, append, mend, read
 from kvx.eval.results_folder import claim
@@ -47,7 +45,7 @@ def run_search(
     folder = claim(job.evaluation(), text)
     mend(folder / RECORDS)
     records = read(folder / RECORDS, Record)
-    decoder, tokenizer = loaded or _load(job)
+    decoder, tokenizer = loaded or load_over_devices(job.model, job.dtype)
     bench = bench_of(job, decoder, tokenizer, text, records)
     with Watch(job.trials, console) as watch:
         found = search(
@@ -64,8 +62,3 @@ def run_search(
     except OSError as error:
         raise BadInput(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from None
     return found, rows
-
-
-def _load(job: SearchJob) -> tuple[Decoder, Any]:
-    mesh = jax.make_mesh((jax.device_count(),), ("data",)) if jax.device_count() > 1 else None
-    return kvx.load(job.model, dtype=None if job.dtype is None else jnp.dtype(job.dtype), mesh=mesh)

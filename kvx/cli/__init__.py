@@ -15,7 +15,6 @@ from kvx.cli.generate import generate
 from kvx.cli.plan import plan
 from kvx.cli.policies import policies
 from kvx.cli.search import search
-from kvx.cli.search import search
 from kvx.errors import BadInput
 
 BAD_INPUT = 2
@@ -30,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (fetch, generate, compare, policies, distill, search):
+for _command in (fetch, generate, compare, policies, plan, search, distill):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")

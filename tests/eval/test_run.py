@@ -150,5 +150,5 @@ def test_maps_tell_what_was_kept_of_the_first_prompt(done):
 
 def test_the_config_names_what_made_the_results(done):
     content = json.loads((done[0] / "config.json").read_text())
-    assert content["job"]["seed"] == 0 and content["text"]["sha256"] and {"jax", "kvx"} <= set(content["versions"])
-    assert content["command"] and content["device"]["count"] >= 1
+    assert content["seed"] == 0 and content["name"] == "test" and content["prose"]["sha256"]
+    assert {"jax", "kvx"} <= set(content["versions"]) and content["command"] and content["device"]["count"] >= 1
