@@ -20,8 +20,8 @@ import kvx
 from kvx.buckets import bucket
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
-from kvx.eval.cache_bytes import CacheBytes, Part, parts
-from kvx.eval.live_bytes import device_bytes
+from kvx.eval.cost.cache_bytes import CacheBytes, Part, parts
+from kvx.eval.cost.live_bytes import device_bytes
 from kvx.eval.plan.tiles import tiled_bytes
 from kvx.mesh import RULES, Placement, place_cache, place_parameters
 from kvx.policy import Policy
@@ -38,7 +38,7 @@ class AbstractPrefill:
         tree: how they make up a `KVCache`.
         read: bytes of it that a decode step reads; None where its data say.
         bound: only the data say how many slots a layer needs, so the cache is the largest that any prompt may need.
-        trace: the run of programs that makes it (`kvx.eval.live_bytes`).
+        trace: the run of programs that makes it (`kvx.eval.cost.live_bytes`).
     """
 
     cache: tuple[Part, ...]

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from kvx.errors import BadInput
-from kvx.eval.live_bytes import Scratch, most_alive
+from kvx.eval.cost.live_bytes import Scratch, most_alive
 from kvx.eval.plan.abstract import AbstractPrefill
 from kvx.eval.plan.chips import Chip
 from kvx.eval.plan.planning import Planner

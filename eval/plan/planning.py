@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 
 from kvx.buckets import bucket, edges
 from kvx.errors import BadInput
-from kvx.eval.cache_bytes import CacheBytes
-from kvx.eval.live_bytes import most_alive
+from kvx.eval.cost.cache_bytes import CacheBytes
+from kvx.eval.cost.live_bytes import most_alive
 from kvx.eval.plan.abstract import AbstractPrefill, Split, abstract_prefill, grown, shapes
 from kvx.eval.plan.arithmetic import prompt_operations, token_operations
 from kvx.eval.plan.roofline import (

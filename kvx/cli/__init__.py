@@ -12,6 +12,7 @@ from kvx.cli.distill import distill
 from kvx.cli.eval import evaluate
 from kvx.cli.fetch import fetch
 from kvx.cli.generate import generate
+from kvx.cli.heads import heads
 from kvx.cli.plan import plan
 from kvx.cli.policies import policies
 from kvx.cli.search import search
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (fetch, generate, compare, policies, plan, search, distill):
+for _command in (fetch, generate, compare, policies, plan, search, heads, distill):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import kvx
 from kvx.errors import BadInput
-from kvx.eval.cache_bytes import CacheBytes
+from kvx.eval.cost.cache_bytes import CacheBytes
 from kvx.eval.plan import tables
 from kvx.eval.plan.check import Checked
 from kvx.eval.plan.chips import GIB, Chip, find_chip

@@ -11,7 +11,7 @@ import kvx
 from kvx.cli import app, main
 from kvx.policies import names
 
-COMMANDS = ("fetch", "generate", "compare", "eval", "policies", "plan", "search", "distill")
+COMMANDS = ("fetch", "generate", "compare", "eval", "policies", "plan", "search", "heads", "distill")
 
 
 def run(capsys, *arguments):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import kvx
-from kvx.eval.head_map import head_map_png, rectangle
-from kvx.eval.heads import HeadReport, head_report, read_heads, table
+from kvx.eval.heads.picture import head_map_png, rectangle
+from kvx.eval.heads.report import HeadReport, head_report, read_heads, table
 from kvx.parts.retrieval_heads import RetrievalHeads
 from tests import tiny
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvx
-from kvx.eval.live_bytes import Scratch, most_alive
+from kvx.eval.cost.live_bytes import Scratch, most_alive
 from kvx.eval.plan.abstract import abstract_prefill
 from tests import tiny
 

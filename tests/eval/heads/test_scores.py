@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import kvx
-from kvx.eval.head_scores import retrieval_scores, streaming_shares
+from kvx.eval.heads.scores import retrieval_scores, streaming_shares
 from kvx.parts.retrieval_heads import RetrievalHeads
 from tests import tiny, tiny_latent
-from tests.eval.test_attention_sinks import maps
+from tests.eval.heads.test_sinks import maps
 
 T, SINKS, RECENT = 30, 3, 7
 

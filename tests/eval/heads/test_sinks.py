@@ -8,7 +8,7 @@ import pytest
 
 import kvx
 from kvx.decoder import AttentionSpec
-from kvx.eval.attention_sinks import Sinks, attention_sinks, sink_rows
+from kvx.eval.heads.sinks import Sinks, attention_sinks, sink_rows
 from kvx.kernels.prefill_attention import prefill_attention
 from kvx.kernels.prefill_attention.columns import SUM
 from kvx.loop import project
@@ -135,7 +135,7 @@ def test_gaps_and_masses_in_blocks_equal_those_of_the_whole(window, softcap, mon
     queries = range(4, min(23, 2 + (window or 99)))
     gaps = np.mean([logits[:, n, 2] - logits[:, n, 3:n].mean(axis=-1) for n in queries], axis=0)
     for size in (4, 128):
-        monkeypatch.setattr("kvx.eval.attention_sinks.QUERIES", size)
+        monkeypatch.setattr("kvx.eval.heads.sinks.QUERIES", size)
         found = sink_rows(query, keys, 2)
         np.testing.assert_allclose(found[0][0], gaps, rtol=1e-4)
         np.testing.assert_allclose(found[1][0], weights[:, 3:, 2].mean(axis=1), rtol=1e-4)

@@ -11,8 +11,8 @@ from jaxtyping import Int
 import kvx
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
-from kvx.eval.cache_bytes import CacheBytes, array_bytes, parts
-from kvx.eval.live_bytes import Scratch, most_alive
+from kvx.eval.cost.cache_bytes import CacheBytes, array_bytes, parts
+from kvx.eval.cost.live_bytes import Scratch, most_alive
 from kvx.eval.plan.abstract import abstract_prefill
 from kvx.eval.records import Cost
 from kvx.parts.amounts import whole
@@ -35,8 +35,8 @@ def costs(
     in the compiled loop of `kvx.generate`. Each runs once unmeasured, which compiles; then the median of `repeats`.
 
     `peak_bytes` holds the weights, the prompt, and the most that is alive while the prefill's programs go by, their
-    scratch as this machine's compiler plans it (`kvx.eval.live_bytes`). It is told from the programs and not sampled,
-    so it is the same in every run; where the data decide how many slots a policy needs, it is that of the most.
+    scratch as this machine's compiler plans it (`kvx.eval.cost.live_bytes`). It is told from the programs and not
+    sampled, so it is the same in every run; where the data decide how many slots a policy needs, it is that of the most.
 
     Args:
         decoder: a model with weights.

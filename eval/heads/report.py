@@ -1,15 +1,11 @@
-"""The per-head report: which KV heads retrieve, which could stream, where the sinks are.
-
-python -m kvx.eval.heads --help
-"""
+"""The per-head report: which KV heads retrieve, which could stream, where the sinks are (`kvx heads`)."""
 
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import typer
 
 from kvx.errors import BadInput
 from kvx.parts.retrieval_heads import RetrievalHeads
@@ -43,7 +39,7 @@ class HeadReport:
         induction, echo: scores of KV heads on random text that repeats (RazorAttention).
         first: of a query head's attention over real text, the share on the first tokens.
         local: on the first or the newest.
-        sinks: what the first token of the texts, cut to at most 64 tokens, is (`kvx.eval.attention_sinks`): "rate" is
+        sinks: what the first token of the texts, cut to at most 64 tokens, is (`kvx.eval.heads.sinks`): "rate" is
             Sink_1(0.3) in percent; by layer the ratios of its norms to the others' ("hidden", "keys", "values",
             "drains"), "peaks", and means over heads of "gaps" and "masses".
     """
@@ -107,7 +103,7 @@ def head_report(
     """
     import jax.numpy as jnp
 
-    from kvx.eval.head_scores import retrieval_scores, streaming_shares
+    from kvx.eval.heads.scores import retrieval_scores, streaming_shares
 
     check_rule(by)
     first, local = (_numbers(found) for found in streaming_shares(model, texts, sinks, recent))
@@ -139,7 +135,7 @@ def check_rule(by: str) -> None:
 
 def _sinks(model: "Decoder", texts: np.ndarray) -> dict[str, Any]:
     """What the first token is to attention."""
-    from kvx.eval.attention_sinks import attention_sinks
+    from kvx.eval.heads.sinks import attention_sinks
 
     found = attention_sinks(model, texts[:, :SHORT])
     by_layer = {name: [float(each) for each in ratios] for name, ratios in found.against_the_rest().items()}
@@ -189,81 +185,3 @@ def table(report: HeadReport) -> "Table":
         best = (f"{max(scores):.3f}" for scores in (induction, echo, reach))
         shown.add_row(str(layer), " ".join(chosen), *best, f"{np.mean(first):.1%}", f"{np.mean(local):.1%}")
     return shown
-
-
-def command(
-    model: Annotated[str, typer.Argument(help="A zoo name, a Hugging Face directory, or a .gguf file.")] = (
-        "smollm2-135m-instruct"
-    ),
-    by: Annotated[
-        str, typer.Option(help="repeats: induction and echo heads (RazorAttention); text: heads that reach furthest.")
-    ] = "repeats",
-    induction: Annotated[float, typer.Option(help="Share of KV heads chosen by induction.", min=0, max=1)] = 0.14,
-    echo: Annotated[float, typer.Option(help="Share chosen by echo.", min=0, max=1)] = 0.01,
-    share: Annotated[float, typer.Option(help="Share chosen by reach, with --by text.", min=0, max=1)] = 0.15,
-    block: Annotated[int, typer.Option(help="Random tokens, repeated four times; the paper's are 2500.", min=2)] = 512,
-    sinks: Annotated[int, typer.Option(help="First tokens of a streaming head.", min=0)] = 4,
-    recent: Annotated[int, typer.Option(help="Newest tokens of a streaming head.", min=1)] = 64,
-    count: Annotated[int, typer.Option("--documents", help="Documents of real text.", min=1)] = 4,
-    tokens: Annotated[int, typer.Option(help="Tokens of each.", min=SHORT)] = 1024,
-    text: Annotated[
-        Path | None, typer.Option(help="A folder of .txt or .md files. Default: Python's documentation, first half.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random text.", min=0)] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a map of layers and heads here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Which heads retrieve, which could do with sinks and neighbours, and where attention sinks are.
-
-    The JSON names the heads that should keep everything, and a policy that keeps them.
-
-    Examples:
-
-        python -m kvx.eval.heads --out heads.json --png heads.png
-
-        kvx generate smollm2-135m-instruct "Once" --policy "$(jq -r .policy heads.json)"
-
-        python -m kvx.eval.heads ./my-model --by text --share 0.25 --text ./my-notes --json
-    """
-    from rich.console import Console
-
-    import kvx
-    from kvx.compilation_cache import enable_compilation_cache
-    from kvx.prose import documents, prose
-
-    check_rule(by)
-    for path in (out, png):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise BadInput(f"{str(path)!r} cannot be written; allowed: a file in a folder that is there")
-    search = RetrievalHeads(induction, echo, block)
-    source = prose(text)
-    enable_compilation_cache()
-    decoder, tokenizer = kvx.load(model)
-    texts = documents(tokenizer, source.haystack, count, tokens)
-    report = head_report(
-        model, decoder, texts, search=search, by=by, share=share, sinks=sinks, recent=recent, seed=seed
-    )
-    if png is not None:
-        from kvx.eval.head_map import head_map_png
-
-        png.write_bytes(head_map_png(report))
-    if out is not None:
-        out.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
-    if as_json:
-        print(json.dumps(report.as_json(), indent=2))
-        return
-    console = Console()
-    console.print(table(report))
-    console.print(f"\n{len(report.heads)} heads keep everything, chosen by {by}:", highlight=False)
-    console.print(report.policy, highlight=False, soft_wrap=True)
-    sunk = f"{report.sinks['rate']:.1f} % of heads give the first of {report.sinks['tokens']} tokens more than 0.3"
-    console.print(f"{sunk} of their attention (Sink_1)", highlight=False)
-
-
-if __name__ == "__main__":
-    from kvx.cli import run
-
-    app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-    app.command()(command)
-    run(app, "python -m kvx.eval.heads")

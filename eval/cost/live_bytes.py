@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from kvx.eval.cache_bytes import array_bytes
+from kvx.eval.cost.cache_bytes import array_bytes
 
 PROGRAM = "jit"
 """The name of the primitive that calls a compiled program."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from kvx.eval.heads import HeadReport, Numbers
+    from kvx.eval.heads.report import HeadReport, Numbers
 
 _MARK = "#d1495b"
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import kvx
-from kvx.eval.cache_bytes import CacheBytes, parts
+from kvx.eval.cost.cache_bytes import CacheBytes, parts
 from kvx.eval.plan.abstract import abstract_prefill, shapes
 from kvx.generate import full_policy
 from kvx.models.build import abstract_model
