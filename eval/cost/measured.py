@@ -36,7 +36,8 @@ def costs(
 
     `peak_bytes` holds the weights, the prompt, and the most that is alive while the prefill's programs go by, their
     scratch as this machine's compiler plans it (`kvx.eval.cost.live_bytes`). It is told from the programs and not
-    sampled, so it is the same in every run; where the data decide how many slots a policy needs, it is that of the most.
+    sampled, so it is the same in every run; where the data decide how many slots a policy needs, it is that of the
+    most.
 
     Args:
         decoder: a model with weights.
