@@ -8,7 +8,7 @@ import pytest
 import kvx
 from kvx.cache import ENDLESS
 from tests import tiny
-from tests.kvx.contract_cases import CASES, LATENT, QUICK, parameters
+from tests.kvx.contract_cases import CASES, KINDS, LATENT, QUICK, parameters
 
 STEPS = 24
 LENGTHS = (110, 40, 71)
@@ -126,9 +126,10 @@ def test_cutting_every_chunk_keeps_the_budget(model, name):
         assert np.mean(counts) <= min(BUDGET, length)
 
 
-def test_a_tuple_of_policies_shares_one_pass_and_changes_nothing(model):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_tuple_of_policies_shares_one_pass_and_changes_nothing(model, every):
     tokens, lengths = tiny.prompts(*LENGTHS)
-    policies = tuple(CASES[name].build(BUDGET) for name in IN_COMPANY)
+    policies = tuple(CASES[name].build(BUDGET) for name in IN_COMPANY if every or name in KINDS)
     shared, caches = kvx.prefill(model, tokens, policies, lengths)
     for policy, cache in zip(policies, caches, strict=True):
         logits, single = kvx.prefill(model, tokens, policy, lengths)

@@ -158,6 +158,7 @@ def test_a_run_of_slots_that_all_heads_share_is_split_by_rows_only():
     assert spec(tail.keys) == PartitionSpec("data", "tensor")
 
 
+@pytest.mark.slow
 def test_stores_of_some_heads_are_split_by_rows_and_their_lists_of_heads_are_not():
     """Also where a part has as many heads as there are rows."""
     cache = generated(placed(), parse_policy("razor_attention(buffer=8, ratio=3, heads=((0, 0),))")).cache

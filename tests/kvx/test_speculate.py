@@ -79,6 +79,7 @@ def test_whoever_drafts_greedy_tokens_are_those_of_the_target_alone(name):
     assert 0 < np.asarray(drafted.acceptance).min() + (name.startswith("another")) <= 2
 
 
+@pytest.mark.slow
 def test_a_drafter_with_the_target_law_is_always_accepted():
     """Also beyond block boundaries, since what a token reads does not depend on how it came."""
     rule = kvx.sampling(temperature=1.3, top_p=0.95)
@@ -178,10 +179,9 @@ DRAFTERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "rule", [rule if rule == next(iter(RULES)) else pytest.param(rule, marks=pytest.mark.slow) for rule in RULES]
-)
-@pytest.mark.parametrize("name", ["narrow", pytest.param("another model", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_sampled_texts_have_the_joint_law_of_the_target(name, rule):
     """Three tokens of 8192 seeds: the first from the prompt, the others drafted, corrected or bonus."""
     policy, drafter = DRAFTERS[name]()

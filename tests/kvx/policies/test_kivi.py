@@ -51,6 +51,7 @@ def test_what_fits_the_tail_is_exact():
     assert all((np.asarray(store.slots) < 0).all() for store in cache.layers)
 
 
+@pytest.mark.slow
 def test_more_bits_are_closer_to_the_full_cache():
     exact, _ = forced_logits(full(), new=8)
     errors = [np.sqrt(np.mean((forced_logits(kivi(bits, **SMALL), new=8)[0] - exact) ** 2)) for bits in (2, 4, 8)]
@@ -66,6 +67,7 @@ SELECTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_a_row_of_a_batch_equals_the_row_alone_under_a_selection(name):
     policy = kvx.chain(SELECTIONS[name], kivi(bits=4, **SMALL))

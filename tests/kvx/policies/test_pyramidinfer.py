@@ -87,7 +87,14 @@ SETTINGS = {"rate": 0.5, "recent": 0.1, "sinks": 2, "least": 8, "rise": 1.2, "in
 BLOCKS = {"block": 4, "share": 0.9, "last": 0.1}
 
 
-@pytest.mark.parametrize("changes", [{}, {"interval": 2, "rise": 3.0}, {"recent": 0.02, "least": 30}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"interval": 2, "rise": 3.0},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"recent": 0.02, "least": 30}, marks=pytest.mark.slow),
+    ],
+)
 def test_kept_tokens_and_logits_equal_the_paper_with_its_vote_buffers(model, changes):
     """With recent=0.02 the last token votes alone."""
     prompt, settings = prompts(45)[0], {**SETTINGS, **BLOCKS, **changes}
@@ -183,6 +190,7 @@ def test_growth_is_the_most_that_any_prompt_s_layer_holds_of_what_comes(room):
         assert stage.growth(where, layer) == most
 
 
+@pytest.mark.slow
 def test_layers_share_a_few_widths_and_their_compiled_bodies():
     model, (prompt, _) = tiny.model(num_hidden_layers=16, hidden_size=32), prompts(500)
     before = attend._cache_size()
