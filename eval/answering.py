@@ -9,7 +9,7 @@ follows the right answers of those before, on the cache that they went through, 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,7 @@ from kvx.decoder import Decoder
 from kvx.eval.prompts import Frame
 from kvx.eval.shared_pass import prefill_each
 from kvx.eval.stopwatch import Stopwatch
-from kvx.eval.tasks.sample import Question, Sample
-
-Mode = Literal["agnostic", "aware", "turns"]
+from kvx.eval.tasks.sample import Mode, Question, Sample
 
 PIECE = 32
 """Widths of prompts, and room for questions and answers, are multiples of it: few compiled programs, and bytes that are
@@ -187,9 +185,7 @@ class _Asking:
                 )
         return texts, likelihoods
 
-    def _question(
-        self, index: int, given: list[list[int]], cache: KVCache
-    ) -> tuple[list[str], list[float | None] | list[float]]:
+    def _question(self, index: int, given: list[list[int]], cache: KVCache) -> tuple[list[str], Sequence[float | None]]:
         asked = [sample.questions[index] for sample in self.batch.samples]
         if asked[0].kind == "generate":
             return self._generated(asked, given, cache), [None] * len(asked)

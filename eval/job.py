@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import kvx
 from kvx.errors import BadInput
 from kvx.eval.tasks.registry import find
+from kvx.eval.tasks.sample import Mode
 from kvx.section import Count, Range, Section, Whole
 
 BUDGET = "{budget}"
@@ -29,7 +30,7 @@ class TaskSection(Section):
     name: str
     lengths: tuple[Count, ...] = (2048,)
     samples: Count = 50
-    modes: tuple[Literal["agnostic", "aware", "turns"], ...] = ("agnostic", "aware")
+    modes: tuple[Mode, ...] = ("agnostic", "aware")
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from beartype.door import is_bearable
 from jaxtyping import Bool
 
 from kvx.errors import BadInput
+from kvx.eval.tasks.sample import Mode
 
 RECORDS, KEPT, COSTS = "records.jsonl", "kept.jsonl", "costs.jsonl"
 
@@ -35,7 +36,7 @@ class Cell:
     model: str
     task: str
     length: int
-    mode: str
+    mode: Mode
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Kept:
     @staticmethod
     def packed(kept: Bool[np.ndarray, "L G T"]) -> str:
         """A mask as base64 of its bits."""
-        return base64.b64encode(np.packbits(kept)).decode()
+        return base64.b64encode(np.packbits(kept).tobytes()).decode()
 
     @property
     def mask(self) -> Bool[np.ndarray, "L G T"]:

@@ -171,7 +171,7 @@ def _row(cell: Cell, policy: str, found: dict[int, Record], full: dict[int, Reco
         bytes_read=round(float(np.mean([record.bytes_read for record in records]))),
         policy_bytes=records[0].policy_bytes,
         retention=float(np.mean(kept)) if kept else None,
-        difference=None if policy == FULL or not len(pairs) else _difference(*pairs.T, lower),
+        difference=None if policy == FULL or not len(pairs) else _difference(pairs[:, 0], pairs[:, 1], lower),
         lower_is_better=lower,
         measures={
             name: Interval.of(np.asarray([record.measures[name] for record in records if name in record.measures]))

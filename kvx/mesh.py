@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvx.errors import BadInput
 
@@ -71,7 +71,7 @@ class Placement:
     An abstract mesh, without devices, says where arrays would be and how many of their bytes a device would hold.
     """
 
-    mesh: Mesh | AbstractMesh
+    mesh: Any
     rules: Rules
 
     def sharding(

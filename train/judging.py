@@ -62,7 +62,8 @@ def judge(
             sizes.append(next(measured)[:2])
         shares = _passkeys(model, tokenizer, held_out, job, policies, steps)
     return tuple(
-        Verdict(policy.text, *size, shares.get(policy.text)) for policy, size in zip(policies, sizes, strict=True)
+        Verdict(policy.text, size[0], size[1], shares.get(policy.text))
+        for policy, size in zip(policies, sizes, strict=True)
     )
 
 

@@ -118,6 +118,7 @@ def _decode_step(planner: Planner, policy: Policy, prefill: AbstractPrefill, dev
 
     compiled = jax.jit(step, donate_argnames="cache").lower(model, token, cache).compile()
     sizes = compiled.memory_analysis()
+    assert sizes is not None, "TPU programs have it"
     return sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
 
 

@@ -84,6 +84,12 @@ class Found:
             text: size for text, size in self.sized.items() if not isinstance(size, BadInput) and size <= self.limit
         }
 
+    def nbytes(self, text: str) -> float:
+        """Bytes a token of a policy that was run."""
+        size = self.sized[text]
+        assert not isinstance(size, BadInput), "what was refused is not run"
+        return size
+
     @property
     def run(self) -> list[str]:
         """The policies within the limit that were run."""
@@ -93,7 +99,7 @@ class Found:
     def finalists(self) -> list[Point]:
         """Those that were run on all samples."""
         return [
-            Point(text, math.fsum(self.scores[text]) / self.counts[-1], self.sized[text])
+            Point(text, math.fsum(self.scores[text]) / self.counts[-1], self.nbytes(text))
             for text in self.run
             if len(self.scores[text]) == self.counts[-1]
         ]
@@ -204,7 +210,9 @@ class _Search:
             key=lambda method: self._order_of(least[method.name]),
             default=None,
         )
-        for store in space.stores if first is not None else ():
+        for store in space.stores:
+            if first is None:
+                break
             self._size([space.point(first, store)])
             if self.found.fitting:
                 return

@@ -28,7 +28,7 @@ def frontier_png(found: Found, title: str, quality: str) -> bytes:
             scores = found.scores[text]
             size = 12 + 40 * len(scores) / found.counts[-1]
             axes.scatter(
-                found.sized[text], sum(scores) / len(scores), color=_OTHER, s=size, zorder=2, edgecolor="white"
+                found.nbytes(text), sum(scores) / len(scores), color=_OTHER, s=size, zorder=2, edgecolor="white"
             )
     axes.plot(
         [point.nbytes for point in edge], [point.quality for point in edge],

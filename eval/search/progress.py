@@ -49,7 +49,7 @@ def so_far(found: Found) -> list[Point]:
     """The frontier of all that was run, each by the samples that it has seen."""
     return frontier(
         [
-            Point(text, sum(scores) / len(scores), found.sized[text])
+            Point(text, sum(scores) / len(scores), found.nbytes(text))
             for text in found.run
             if (scores := found.scores[text])
         ]

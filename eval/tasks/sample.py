@@ -8,6 +8,10 @@ Kind = Literal["generate", "choose", "likelihood"]
 """How a question is answered: greedily generated text; the likeliest of its choices; or not at all, its first answer's
 log-probability being what is measured."""
 
+Mode = Literal["agnostic", "aware", "turns"]
+"""When a cache is compressed: before any question is seen; with the (first) question at the prompt's end; or likewise,
+later questions following the right answers of those before, as in a conversation."""
+
 
 @dataclass(frozen=True)
 class Question:
