@@ -106,7 +106,7 @@ def test_every_file_beside_the_code_is_part_of_the_page(page):
 
 
 def test_hostile_text_stays_text():
-    cell = Cell(HOSTILE, HOSTILE, 64, HOSTILE)
+    cell = Cell(HOSTILE, HOSTILE, 64, "agnostic")
     first = example.study(samples=1, tokens=4, layers=1)
     records = [replace(each, cell=cell, policy=HOSTILE, answers=(HOSTILE,)) for each in first.records[:1]]
     kept = [replace(first.kept[0], cell=cell, policy=HOSTILE, text=(HOSTILE,) * 4)]
