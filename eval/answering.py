@@ -172,7 +172,7 @@ class _Asking:
             given = [asked[index] if mode == "agnostic" else asked[index][-1:] for asked in self.batch.questions]
             if mode == "turns" and index:
                 given = [turn[index - 1][-1:] for turn in self.batch.turns]
-            said, sure = self._question(index, given, kvx.fork(cache, 1))
+            said, sure = self._question(index, given, _copy(cache))
             for row, (text, value) in enumerate(zip(said, sure, strict=True)):
                 texts[row].append(text)
                 likelihoods[row].append(value)
@@ -181,7 +181,7 @@ class _Asking:
                 tokens, lengths = _padded(onward)
                 self.steps += int(lengths.max())
                 _, cache = kvx.prefill(
-                    self.decoder, tokens, self.policy, lengths, cache=kvx.fork(cache, 1) if index == 0 else cache
+                    self.decoder, tokens, self.policy, lengths, cache=_copy(cache) if index == 0 else cache
                 )
         return texts, likelihoods
 
@@ -199,7 +199,7 @@ class _Asking:
         totals = np.full((len(asked), most), -np.inf)
         for choice in range(most):
             texts = [question.choices[min(choice, len(question.choices) - 1)] for question in asked]
-            sums, _ = self._scored(texts, kvx.fork(cache, 1), logits)
+            sums, _ = self._scored(texts, _copy(cache), logits)
             totals[:, choice] = np.where([choice < len(question.choices) for question in asked], sums, -np.inf)
         best = totals.argmax(axis=1)
         return [question.choices[at] for question, at in zip(asked, best, strict=True)], [None] * len(asked)
@@ -242,6 +242,12 @@ def _padded(rows: list[list[int]], width: int | None = None) -> tuple[Int[np.nda
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
     return tokens, lengths
+
+
+def _copy(cache: KVCache) -> KVCache:
+    """A cache of its own, each array in the memory that it lies in: what is decoded with is donated."""
+    arrays, tree = jax.tree.flatten(cache)
+    return jax.tree.unflatten(tree, jax.device_put(arrays, [array.sharding for array in arrays], may_alias=False))
 
 
 def _answer(tokenizer: Any, question: Question) -> int:

@@ -8,6 +8,7 @@ to every policy.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -22,8 +23,9 @@ from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.eval.fidelity.findings import Fidelity
 from kvx.eval.fidelity.observed_step import Gap, gap, most_attended, observed_step
-from kvx.eval.perplexity import as_bfloat16
+from kvx.eval.perplexity import WORKERS, as_bfloat16
 from kvx.eval.shared_pass import prefill_each
+from kvx.mesh import placement_of
 from kvx.parts.amounts import whole
 from kvx.progress import Steps
 from kvx.pytree import pytree
@@ -80,10 +82,17 @@ def fidelity(
             steps(f"steps {start + 1} to {start + tokens.shape[1]}: {full.text}")
             reference, wanted, caches[0] = _reference(model, tokens, caches[0], most=most)
             walks[0].append(_compared(reference, reference, after, _no_gaps(wanted)))
-            for index, policy in enumerate(every[1:], 1):
-                steps(f"steps {start + 1} to {start + tokens.shape[1]}: {policy.text}")
-                scores, gaps, caches[index] = _forced(model, tokens, wanted, caches[index], policy, caches[0])
-                walks[index].append(_compared(reference, scores, after, gaps))
+
+            def one(index: int, tokens=tokens, after=after, reference=reference, wanted=wanted):
+                scores, gaps, cache = _forced(model, tokens, wanted, caches[index], every[index], caches[0])
+                return _compared(reference, scores, after, gaps), cache
+
+            # Two at a time, since one compiles on one core while the other walks.
+            with ThreadPoolExecutor(1 if placement_of(model) else WORKERS) as pool:
+                for index, (walk, cache) in enumerate(pool.map(one, range(1, len(every))), 1):
+                    steps(f"steps {start + 1} to {start + tokens.shape[1]}: {every[index].text}")
+                    walks[index].append(walk)
+                    caches[index] = cache
     found = [
         _findings(policy, walk, prompt, bfloat16, *sizes)
         for policy, walk, sizes in zip(every, walks, bytes_of, strict=True)
