@@ -16,7 +16,7 @@ test: $(VENV)/test
 
 # Only one process on a machine may hold the TPU compiler, so what needs it runs alone.
 SLOWER := tests/kernels tests/train tests/kvx/test_contracts.py tests/kvx/test_latent_contracts.py tests/kvx/test_mesh.py \
-	tests/kvx/cli/test_distill.py
+	tests/kvx/cli/test_distill.py tests/eval/cost tests/eval/plan
 SLOW := tests/kvx tests/models tests/eval tests/test_wheel.py $(SLOWER:%=--ignore=%)
 
 slow: $(VENV)/aot
