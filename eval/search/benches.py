@@ -27,6 +27,7 @@ from kvx.eval.search.sizing import Prompts
 from kvx.eval.stopwatch import Stopwatch
 from kvx.eval.summary import FIDELITY
 from kvx.eval.tasks.registry import find
+from kvx.eval.tasks.sample import Mode
 from kvx.eval.tasks.source import Source
 from kvx.mesh import placement_of
 from kvx.prose import Prose
@@ -53,7 +54,8 @@ class TaskBench:
     def __init__(self, job: SearchJob, candidates: Candidates, records: Sequence[Record]):
         (section,) = job.evaluation().tasks
         tokenizer, prose = candidates.tokenizer, candidates.prose
-        self.task, self.length, self.mode, self.candidates = find(section.name), job.length, job.mode, candidates
+        self.task, self.length, self.candidates = find(section.name), job.length, candidates
+        self.mode: Mode = job.mode
         self.frame = Frame.of(tokenizer, job.chat)
         self.cell = Cell(job.model, section.text, job.length, job.mode)
         source = Source(tokenizer, prose, self.frame)
