@@ -30,7 +30,7 @@ slower: $(VENV)/aot
 	$(BIN)/python -m pytest -m "slow and aot and not peer" $(SLOWER)
 
 peers: $(VENV)/peers
-	$(BIN)/python -m pytest -m peer
+	$(BIN)/python -m pytest -m "peer and not long"
 
 notebook: $(VENV)/notebook
 	$(BIN)/python -m pytest -m notebook tests/test_notebook.py

@@ -1,6 +1,6 @@
 """Scores equal those of kvpress's presses in transformers: same model, prompts, kept counts, and our scorer on both.
 
-Passkeys of 1024 tokens, the question after and before compression. The peer compresses in its prefill and then is fed
+Passkeys of 640 tokens, the question after and before compression. The peer compresses in its prefill and then is fed
 what kvx feeds through its decode path, at true positions.
 """
 
@@ -21,10 +21,10 @@ from kvx.eval.tasks.source import Source
 from kvx.models.load import load, save
 from kvx.prose import prose
 
-pytestmark = [pytest.mark.peer, pytest.mark.weights]
+pytestmark = [pytest.mark.peer, pytest.mark.weights, pytest.mark.long]
 transformers.utils.logging.disable_progress_bar()
 
-LENGTH, SAMPLES, KEPT = 1024, 4, 512
+LENGTH, SAMPLES, KEPT = 640, 2, 320
 
 
 def _cases(length: int):
