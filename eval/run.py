@@ -22,6 +22,7 @@ from kvx.eval.recording import recorded
 from kvx.eval.records import COSTS, KEPT, RECORDS, Cell, Kept, Record, append, mend, read
 from kvx.eval.results_folder import claim, write_summary
 from kvx.eval.stopwatch import Stopwatch
+from kvx.eval.summary import FIDELITY
 from kvx.eval.tasks.registry import Task, find
 from kvx.eval.tasks.sample import Sample
 from kvx.eval.tasks.source import Source
@@ -58,12 +59,18 @@ def run(
     """
     text = text or prose(None if job.text is None else Path(job.text))
     policies = job.chosen() if policies is None else policies
-    folder = claim(job, text, anew)
-    for name in (RECORDS, KEPT, COSTS):
-        mend(folder / name)
-    for model in job.models:
+    folder = Path(job.folder)
+    if not anew:
+        claim(job, text)  # refused before a model is loaded
+        for name in (RECORDS, KEPT, COSTS):
+            mend(folder / name)
+    for index, model in enumerate(job.models):
         decoder, tokenizer = (loaded or {}).get(model) or load_over_devices(model, job.dtype)
-        _Study(job, model, decoder, tokenizer, text, list(policies), folder, console).run()
+        study = _Study(job, model, decoder, tokenizer, text, list(policies), folder, console)
+        units = study.prepare()
+        if anew and index == 0:
+            claim(job, text, anew)  # what is there is given up once the new job is known to run
+        study.run(units)
     write_summary(folder)
     return folder
 
@@ -97,12 +104,15 @@ class _Study:
     folder: Path
     console: Console | None
 
-    def run(self) -> None:
-        """Samples first, so that what cannot be made is refused before any long work."""
+    def prepare(self) -> list[_Unit]:
+        """Everything that can be refused: policies that the model cannot serve, and samples that cannot be made."""
         self.frame = Frame.of(self.tokenizer, self.job.chat)
         for policy in self.policies:
             policy.check([block.spec for block in self.decoder.blocks])
-        units = list(self._units())
+        return list(self._units())
+
+    def run(self, units: list[_Unit]) -> None:
+        """What of it is not done yet."""
         records = [each for each in read(self.folder / RECORDS, Record) if each.cell.model == self.model]
         done = {(record.cell, record.policy, record.index) for record in records}
         self.bf16 = {record.cell: record.bf16_bytes for record in records}
@@ -195,7 +205,7 @@ class _Study:
         section = self.job.fidelity
         if not section.documents:
             return
-        known = {policy for cell, policy, index in done if cell.task == "fidelity" and index == section.documents - 1}
+        known = {policy for cell, policy, index in done if cell.task == FIDELITY and index == section.documents - 1}
         todo = [policy for policy in self.policies if policy.text not in known]
         for record in fidelity_records(
             self.model, self.decoder, self.tokenizer, self.prose, todo,
@@ -212,7 +222,8 @@ class _Study:
         section = self.job.cost
         if not section.lengths:
             return
-        known = {(each.policy, each.length, each.batch) for each in read(self.folder / COSTS, Cost)}
+        there = read(self.folder / COSTS, Cost)
+        known = {(each.policy, each.length, each.batch) for each in there if each.model == self.model}
         text = np.asarray(self.tokenizer.encode("\n\n".join(self.prose.held_out)), np.int32)
         for length in section.lengths:
             for batch in section.batches:

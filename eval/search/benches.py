@@ -1,6 +1,5 @@
 """What runs policies for a search: a task's samples, or documents; both yield the records of `kvx eval`."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,8 +10,8 @@ from rich.console import Console
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.eval.answering import answer, batches
-from kvx.eval.fidelity import Fidelity, fidelity
-from kvx.eval.fidelity.samples import seeded_documents
+from kvx.eval.fidelity import fidelity
+from kvx.eval.fidelity.samples import fidelity_record, seeded_documents
 from kvx.eval.job import FULL
 from kvx.eval.loading import rows_together
 from kvx.eval.perplexity import WORKERS, as_bfloat16
@@ -141,7 +140,9 @@ class DocumentBench:
                 self.candidates.decoder, self.texts[rows], self.prompt, policies, console=Console(quiet=True)
             )
             for each in found:
-                yield [self._record(each, row, index) for row, index in enumerate(chosen)]
+                yield [
+                    fidelity_record(self.cell, index, self.texts[index], each, row) for row, index in enumerate(chosen)
+                ]
 
     def quality(self, record: Record) -> float:
         """Less divergence is more quality."""
@@ -150,21 +151,3 @@ class DocumentBench:
     def nbytes(self, record: Record) -> float:
         """Bytes a token of a document."""
         return record.cache_bytes / self.length
-
-    def _record(self, found: Fidelity, row: int, index: int) -> Record:
-        return Record(
-            cell=self.cell,
-            policy=found.policy,
-            index=index,
-            sha256=hashlib.sha256(np.asarray(self.texts[index], "<i4").tobytes()).hexdigest(),
-            tokens=self.length,
-            depth=None,
-            answers=(),
-            expected=(),
-            scores=(float(found.divergence[row]),),
-            measures={name: float(values[row]) for name, values in found.measures().items()},
-            cache_bytes=found.cache_bytes,
-            bf16_bytes=found.bf16_bytes,
-            bytes_read=found.bytes_read,
-            policy_bytes=found.policy_bytes,
-        )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from kvx.errors import BadInput
 from kvx.eval.job import FULL, EvalJob, FidelitySection, TaskSection
 from kvx.eval.summary import FIDELITY
+from kvx.eval.tasks.sample import Mode
 from kvx.section import Count, Positive, Section, Whole
 
 
@@ -39,7 +40,7 @@ class SearchJob(Section):
     task: str = "passkey"
     length: Count = 2048
     samples: Count = 64
-    mode: Literal["agnostic", "aware", "turns"] = "agnostic"
+    mode: Mode = "agnostic"
     options: Mapping[str, Any] = field(default_factory=dict)
     forced: Count = 128
     trials: Count = 64
