@@ -19,9 +19,8 @@ PACKAGES = ("kvx", "jax", "jaxlib", "flax", "numpy", "tokenizers")
 
 def provenance() -> dict[str, Any]:
     """The command, the versions of what computed, the commit of kvx where it runs from a checkout, and the device."""
-    name = Path(sys.argv[0]).name if sys.argv else ""
     return {
-        "command": shlex.join(["kvx" if name in ("kvx", "__main__.py") else name, *sys.argv[1:]]),
+        "command": _command(),
         "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": _commit(),
         "device": {
@@ -44,6 +43,13 @@ def replace_file(path: Path, content: bytes) -> None:
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
+
+
+def _command() -> str:
+    """As it was typed, without the folders of the program."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = [Path(sys.argv[0]).name or "python"] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _umask() -> int:
