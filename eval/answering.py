@@ -115,6 +115,7 @@ def answer(
     policies: Sequence[kvx.Policy],
     *,
     workers: int = 1,
+    by_layer: bool = False,
     watch: Stopwatch | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[tuple[kvx.Policy, Answered]]:
@@ -122,6 +123,7 @@ def answer(
 
     Args:
         workers: policies that are decoded at a time: two where programs are compiled, one where time is taken.
+        by_layer: compile single layers instead of whole decode steps.
         watch: its phase "prefill" grows by the passes over the prompts.
         tell: hears what begins.
     """
@@ -142,7 +144,7 @@ def answer(
 
     def one(at: int) -> Answered:
         clock = Stopwatch()
-        with clock.phase("decode") as lap:
+        with clock.phase("decode") as lap, kvx.layer_by_layer(by_layer):
             caches = [caches[at] for caches in starts]
             row = _Asking(decoder, tokenizer, batch, policies[at])
             texts, likelihoods = row.ask(mode, caches)

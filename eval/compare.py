@@ -1,24 +1,24 @@
 """The main job, a preset of `kvx.eval.run`: many policies over passkey retrieval and held-out prose, with their speed.
 
-Passkey prompts run one by one, on one device: a cache with a budget in slots then has one shape, hence one compiled
-decode program, at every prompt length, and its speed is that of batch 1.
+Answers and forced text are decoded layer by layer, since they are short and every policy would compile a decode step
+for each of its cache's shapes. Speed is measured apart, of whole steps, one row at a time.
 """
 
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import jax
-import numpy as np
 from rich.console import Console
 
 import kvx
-from kvx.decoder import Decoder
 from kvx.errors import BadInput
+from kvx.eval.cost import lap
 from kvx.eval.job import FULL, EvalJob, FidelitySection, TaskSection
 from kvx.eval.loading import Loaded
+from kvx.eval.perplexity import WORKERS
 from kvx.eval.provenance import provenance
 from kvx.eval.readying import ready
 from kvx.eval.records import RECORDS, Record, read
@@ -41,8 +41,8 @@ DEFAULTS = (
     "quest(budget=256)",
     "snapkv(budget=256)+kivi(bits=4)",
 )
-ROOM = 64
-"""Decode steps that a cache has room for where its prefill is timed."""
+STEPS = 24
+"""Decode steps that are timed together."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class Workload:
         prompt: tokens of each that are prefilled.
         forced: tokens of each that go through the decode path.
         calibration: texts and their length in tokens, for policies that learn.
-        timed_length: the passkey length at which decoding is timed; it needs two prompts, as the first one compiles.
-        prefill_length: tokens of the prompt with which each policy's prefill is timed alone.
+        timed_length: tokens of the prompt with which each policy's prefill and decoding are timed alone.
     """
 
     passkey: tuple[tuple[int, int], ...] = ((1024, 3), (2048, 2), (4096, 1))
@@ -64,8 +63,7 @@ class Workload:
     prompt: int = 512
     forced: int = 128
     calibration: tuple[int, int] = (4, 1024)
-    timed_length: int = 2048
-    prefill_length: int = 1024
+    timed_length: int = 1024
 
     @classmethod
     def long(cls) -> "Workload":
@@ -86,7 +84,7 @@ class Workload:
             tasks=tuple(TaskSection("passkey", (length,), count) for length, count in self.passkey),
             fidelity=FidelitySection(self.documents, self.prompt, self.forced, most=0),
             seed=seed,
-            batch=1,
+            batch=min(4, max(count for _, count in self.passkey)),
             calibration=self.calibration,
             output=str(out),
         )
@@ -152,12 +150,17 @@ def compare_policies(
     with watch.phase("passkeys and documents"):
         loaded = {name: (decoder, tokenizer)}
         folder = run(job, console=console, loaded=loaded, policies=chosen, text=prose, anew=True)
-    rows = policy_results(chosen, read(folder / RECORDS, Record), workload.longest, workload.timed_length)
-    with watch.phase("prefill times"), Steps(len(chosen), console) as step:
-        prompt = documents(tokenizer, prose.held_out, 1, workload.prefill_length)
+    rows = policy_results(chosen, read(folder / RECORDS, Record), workload.longest)
+    prompt = documents(tokenizer, prose.held_out, 1, workload.timed_length)
+    with watch.phase("compile steps"), Steps(len(chosen), console) as step, ThreadPoolExecutor(WORKERS) as pool:
+        laps = pool.map(lambda policy: lap(decoder, prompt, policy, STEPS), chosen)
+        for policy, _ in zip(chosen, laps, strict=True):
+            step(f"compile the decode step: {policy.text}")
+    with watch.phase("times"), Steps(len(chosen), console) as step:
         for policy, row in zip(chosen, rows, strict=True):
-            step(f"time prefill: {policy.text}")
-            row.prefill_seconds = _prefill_seconds(decoder, prompt, policy)
+            step(f"time: {policy.text}")
+            timed = lap(decoder, prompt, policy, STEPS)
+            row.prefill_seconds, row.tokens_per_second = timed.prefill_seconds, 1 / timed.step_seconds
     return Results(
         model=name,
         workload={**asdict(workload), "longest": workload.longest},
@@ -168,18 +171,6 @@ def compare_policies(
         phases=watch.phases,
         seconds=time.perf_counter() - begin,
     )
-
-
-def _prefill_seconds(decoder: Decoder, prompt: np.ndarray, policy: kvx.Policy) -> float:
-    """The policy alone: the exact pass with the evidence it reads, and its packing; once more where that compiled."""
-    watch, seconds = Stopwatch(), 0.0
-    for _ in range(2):
-        with watch.phase("prefill") as lap:
-            jax.block_until_ready(kvx.prefill(decoder, prompt, policy, max_new_tokens=ROOM))
-        seconds = lap.wall
-        if lap.warm:
-            break
-    return seconds
 
 
 __all__ = ["DEFAULTS", "PolicyResult", "Workload", "checked_out", "compare_policies", "default_policies"]

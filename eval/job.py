@@ -101,6 +101,8 @@ class EvalJob(Section):
             documentation.
         calibration: texts and their length in tokens, for policies that learn.
         together: policies that share one pass over a prompt at most, since all their caches exist at once; None: all.
+        by_layer: compile single layers instead of whole decode steps (`kvx.layer_by_layer`): what a grid of many
+            policies and short answers wants; false where answers are long. Costs are always those of whole steps.
         output: the results folder; None: results/NAME.
     """
 
@@ -118,6 +120,7 @@ class EvalJob(Section):
     text: str | None = None
     calibration: tuple[Count, Count] = (4, 1024)
     together: Annotated[int, Range(1)] | None = None
+    by_layer: bool = True
     output: str | None = None
 
     def __post_init__(self) -> None:

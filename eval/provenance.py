@@ -48,7 +48,8 @@ def replace_file(path: Path, content: bytes) -> None:
 def _command() -> str:
     """As it was typed, without the folders of the program."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = [Path(sys.argv[0]).name or "python"] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
+    module = spec and spec.name.removesuffix(".__main__")
+    program = ["python", "-m", module] if module else [Path(sys.argv[0]).name or "python"]
     return shlex.join([*program, *sys.argv[1:]])
 
 

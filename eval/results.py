@@ -106,18 +106,14 @@ class Results:
             raise BadInput(f"out={str(folder)!r} cannot be written: {error.strerror or error}") from None
 
 
-def policy_results(
-    policies: Sequence[kvx.Policy], records: Sequence[Record], longest: int, timed: int
-) -> list[PolicyResult]:
-    """One row a policy, from an evaluation's records.
+def policy_results(policies: Sequence[kvx.Policy], records: Sequence[Record], longest: int) -> list[PolicyResult]:
+    """One row a policy but for its times, from an evaluation's records.
 
     Args:
         longest: the passkey length whose bytes are told.
-        timed: the passkey length whose decode steps are told, those of batches that compiled nothing.
     """
     return [
-        _row(policy, [each for each in records if each.policy == policy.text], records, longest, timed)
-        for policy in policies
+        _row(policy, [each for each in records if each.policy == policy.text], records, longest) for policy in policies
     ]
 
 
@@ -130,12 +126,11 @@ def print_results(results: Results, as_json: bool = False, timings: bool = False
     console = Console(width=None if Console().is_terminal else 170)
     console.print(table(results))
     longest, timed = results.workload["longest"], results.workload["timed_length"]
-    alone = results.workload["prefill_length"]
     console.print(
         f"Bytes: one prompt of {longest} tokens and room for its answer. Perplexity: {results.workload['documents']} "
         f"documents, {results.workload['prompt']} tokens prefilled, {results.workload['forced']} forced through the "
         f"decode path ('there': cache bytes in that workload, of bf16). Passkey: question after / before compression. "
-        f"Prefill of {alone} tokens, decoding after {timed}: batch 1, compilation excluded.",
+        f"Prefill of {timed} tokens and decoding after them: one row, compilation excluded.",
         highlight=False,
     )
     if timings:
@@ -178,12 +173,11 @@ def timing_table(results: Results) -> Table:
     return shown
 
 
-def _row(policy: kvx.Policy, found: list[Record], records: Sequence[Record], longest: int, timed: int) -> PolicyResult:
+def _row(policy: kvx.Policy, found: list[Record], records: Sequence[Record], longest: int) -> PolicyResult:
     passkeys = [each for each in found if each.cell.task != FIDELITY]
     texts = [each for each in found if each.cell.task == FIDELITY]
     at = next(each for each in passkeys if each.cell.length == longest and each.cell.mode == "agnostic")
     full = next(each for each in records if each.policy == FULL and each.cell == at.cell)
-    rates = [1 / each.seconds["step"] for each in passkeys if each.cell.length == timed and not each.compiled]
     scores = {
         mode: statistics.fmean(each.score for each in passkeys if each.cell.mode == mode)
         for mode in ("agnostic", "aware")
@@ -201,7 +195,6 @@ def _row(policy: kvx.Policy, found: list[Record], records: Sequence[Record], lon
         perplexity=math.exp(statistics.fmean(math.log(each.measures["perplexity"]) for each in texts)),
         perplexity_share_of_bf16=texts[0].share,
         **scores,
-        tokens_per_second=statistics.median(rates) if rates else math.nan,
         answers=[
             {"length": each.cell.length, "depth": each.depth, "aware": each.cell.mode == "aware",
              "key": each.expected[0][0], "answer": each.answers[0], "correct": each.score == 1.0}

@@ -135,8 +135,8 @@ class _Study:
     def _units(self) -> Iterator[_Unit]:
         """In the order of the job: all batches of a cell one after the other."""
         source = Source(self.tokenizer, self.prose, self.frame)
-        size = rows_together(self.decoder, self.job.batch)
         for section in self.job.tasks:
+            size = rows_together(self.decoder, min(self.job.batch, section.samples))
             for length in section.lengths:
                 samples = self._samples(source, section, length)
                 for mode in section.modes:
@@ -165,7 +165,7 @@ class _Study:
         workers = 1 if warm or placement_of(self.decoder) else WORKERS
         found = answer(
             self.decoder, self.tokenizer, unit.batch, cell.mode, policies,
-            workers=workers, watch=watch, tell=lambda what: step(f"{label}: {what}"),
+            workers=workers, by_layer=self.job.by_layer, watch=watch, tell=lambda what: step(f"{label}: {what}"),
         )  # fmt: skip
         for policy, answered in found:
             step(f"{label}: {policy.text}")
@@ -210,7 +210,7 @@ class _Study:
         for record in fidelity_records(
             self.model, self.decoder, self.tokenizer, self.prose, todo,
             documents=section.documents, prompt=section.prompt, forced=section.forced, most=section.most,
-            seed=self.job.seed, console=self.console,
+            seed=self.job.seed, by_layer=self.job.by_layer, console=self.console,
         ):  # fmt: skip
             if (record.cell, record.policy, record.index) not in done:
                 append(self.folder / RECORDS, [record])

@@ -11,6 +11,7 @@ from kvx.errors import BadInput
 from kvx.fork import fork
 from kvx.generate import Generation, decode_step, generate, stream, teacher_forced
 from kvx.labelled import LabelledPrompt, labelled_prompt
+from kvx.layer_by_layer import layer_by_layer
 from kvx.policies.registry import policy
 from kvx.policy import Policy
 from kvx.policy_files import load_policy, save_policy
@@ -36,6 +37,7 @@ __all__ = [
     "fork",
     "generate",
     "labelled_prompt",
+    "layer_by_layer",
     "load",
     "load_policy",
     "parse_policy",

@@ -1,7 +1,7 @@
 """What the spine asks of a model: three pure functions a layer, and static facts about its attention.
 
 A model never sees a cache. It embeds tokens, projects queries, keys and values (unrotated), and takes the attention
-output back; the layer loop (`kvx.loop`) does everything between. Hence no method needs a hook inside a model.
+output back; the layer loop (`kvx.loop`, `kvx.step`) does everything between. No method needs a hook inside a model.
 """
 
 from collections.abc import Sequence

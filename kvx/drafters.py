@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
-from kvx.loop import decode_run, settle
 from kvx.policy import Policy
 from kvx.pytree import pytree
 from kvx.sampling import Sampling, law
+from kvx.step import decode_run, settle
 
 DRAFT, ACCEPT, EMIT = 1, 2, 3
 """The decisions about a token, each with a random number of its own."""

@@ -18,9 +18,9 @@ from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.inputs import checked_policy
-from kvx.loop import decode_run
 from kvx.mesh import place_rows, placement_of
 from kvx.policy import Policy
+from kvx.step import decode_run
 
 RUN = 16
 """Tokens that are read together; a divisor of every bucket."""

@@ -13,13 +13,14 @@ from kvx.cache import ENDLESS, KVCache
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.inputs import checked_policy, checked_prompt, traced
+from kvx.layer_by_layer import scan, while_loop
 from kvx.lending import takes_cache
-from kvx.loop import decode
 from kvx.parts.amounts import whole
 from kvx.policy import Policy
 from kvx.prefill import prefill
 from kvx.pytree import pytree
 from kvx.sampling import GREEDY, Sampling, next_token
+from kvx.step import decode
 
 STOPS = 8
 """Stop tokens are padded to a multiple of this, so that one more of them compiles nothing."""
@@ -190,20 +191,7 @@ def teacher_forced(
 @takes_cache(static=("most",))
 def _generate(model, policy, cache, logits, given, given_lengths, count, rule, stops, keys, said, *, most):
     """Feed `given` (may be empty), then sample up to `count` tokens into an array of `most`."""
-    batch = logits.shape[0]
-
-    def choose(step, logits, cache, said, out, done):
-        """The token to feed at `step`, recorded if it is a new one, and which rows end with it."""
-        token, after = _choose(logits, rule, keys, cache.next, said)
-        fresh = jnp.ones(batch, bool)
-        if given.shape[1]:
-            fresh = step >= given_lengths
-            token = jnp.where(fresh, token, given[:, jnp.minimum(step, given.shape[1] - 1)])
-            after = None if said is None or after is None else jnp.where(fresh[:, None], after, said)
-        place = step - given_lengths
-        out = out.at[jnp.arange(batch), jnp.where(fresh & ~done, place, most)].set(token, mode="drop")
-        ends = fresh & (jnp.any(token[:, None] == stops, axis=1) | (place + 1 >= count))
-        return token, after, out, done | ends
+    asked = given, given_lengths, count, rule, stops, keys
 
     def unfinished(state):
         return ~jnp.all(state[-1])
@@ -211,12 +199,28 @@ def _generate(model, policy, cache, logits, given, given_lengths, count, rule, s
     def advance(state):
         step, cache, token, said, out, done = state
         logits, cache = decode(model, token, cache, policy, ~done)
-        return step + 1, cache, *choose(step + 1, logits, cache, said, out, done)
+        return step + 1, cache, *_fed(step + 1, logits, cache.next, said, out, done, *asked)
 
-    out, done = jnp.full((batch, most), -1, jnp.int32), jnp.zeros(batch, bool)
-    state = (jnp.int32(0), cache, *choose(0, logits, cache, said, out, done))
-    _, cache, _, _, out, _ = jax.lax.while_loop(unfinished, advance, state)
+    out, done = jnp.full((logits.shape[0], most), -1, jnp.int32), jnp.zeros(logits.shape[0], bool)
+    state = (jnp.int32(0), cache, *_fed(jnp.int32(0), logits, cache.next, said, out, done, *asked))
+    _, cache, _, _, out, _ = while_loop(unfinished, advance, state)
     return Generation(out, jnp.sum(out >= 0, axis=1), cache)
+
+
+@jax.jit
+def _fed(step, logits, positions, said, out, done, given, given_lengths, count, rule: Sampling, stops, keys):
+    """The token to feed at `step`, recorded if it is a new one, and which rows end with it."""
+    batch, most = out.shape
+    token, after = _choose(logits, rule, keys, positions, said)
+    fresh = jnp.ones(batch, bool)
+    if given.shape[1]:
+        fresh = step >= given_lengths
+        token = jnp.where(fresh, token, given[:, jnp.minimum(step, given.shape[1] - 1)])
+        after = None if said is None or after is None else jnp.where(fresh[:, None], after, said)
+    place = step - given_lengths
+    out = out.at[jnp.arange(batch), jnp.where(fresh & ~done, place, most)].set(token, mode="drop")
+    ends = fresh & (jnp.any(token[:, None] == stops, axis=1) | (place + 1 >= count))
+    return token, after, out, done | ends
 
 
 @takes_cache()
@@ -231,7 +235,7 @@ def _extend(model, policy, cache, tokens, lengths):
         return step + 1, cache, jnp.where(active[:, None], after, logits)
 
     logits = jnp.zeros((tokens.shape[0], model.vocabulary), jnp.float32)
-    _, cache, logits = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), cache, logits))
+    _, cache, logits = while_loop(unfinished, advance, (jnp.int32(0), cache, logits))
     return logits, cache
 
 
@@ -245,7 +249,7 @@ def _teacher_forced(model, policy, cache, tokens, logits):
         logits, cache = decode(model, token, cache, policy, everyone)
         return (cache, logits), scored
 
-    (cache, _), scores = jax.lax.scan(advance, (cache, logits), tokens.T)
+    (cache, _), scores = scan(advance, (cache, logits), tokens.T)
     return scores.T, cache
 
 

@@ -1,4 +1,4 @@
-"""The layer loop: project, attend, compress, finish. Everything between a model's pure functions happens here."""
+"""The layer loop over a prompt: project, attend, finish, and what a policy's evidence is made of."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvx.cache import ENDLESS, KVCache
-from kvx.context import Context, Spec
+from kvx.context import Context
 from kvx.decoder import Block, Decoder
-from kvx.evidence import GENERATED, NOTHING, Evidence, Requests
+from kvx.evidence import NOTHING, Evidence, Requests
 from kvx.kernels.decode_attention import slot_logits
 from kvx.kernels.logits import softmax_rows
 from kvx.kernels.prefill_attention import prefill_attention
-from kvx.mesh import Placement, place_cache, place_rows, placement_of
+from kvx.mesh import Placement, place_cache
 from kvx.policy import Layer, Policy
 from kvx.query import Query, to_heads
 from kvx.tokens import Tokens, concatenate
@@ -154,104 +153,6 @@ def pack_layer(
 def last_logits(model: Decoder, x: Float[Array, "B T E"], index: Int[Array, "B"]) -> Float[Array, "B N"]:
     """Logits after one token of each row."""
     return model.unembed(jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0])
-
-
-def decode(
-    model: Decoder, token: Int[Array, "B"], cache: KVCache, policy: Policy, active: Bool[Array, "B"]
-) -> tuple[Float[Array, "B N"], KVCache]:
-    """One token for every row through all layers; a row that is not `active` feeds none."""
-    logits, cache = decode_run(model, token[:, None], cache, policy, active[:, None])
-    return logits[:, 0], cache
-
-
-def decode_run(
-    model: Decoder,
-    tokens: Int[Array, "B T"],
-    cache: KVCache,
-    policy: Policy,
-    active: Bool[Array, "B T"],
-    *,
-    provisional: bool = False,
-) -> tuple[Float[Array, "B T N"], KVCache]:
-    """A run of new tokens for every row through all layers, unrolled: append, read, update.
-
-    Appending before reading lets XLA write into the donated cache in place; the other order copies it at every step.
-    A token that is not `active` is fed at position -1, which no store keeps.
-
-    Args:
-        tokens: one for every policy; several only where its stores append them together.
-        active: of a row's tokens, the active ones come first.
-        provisional: the tokens may be taken back (`KVCache.crop`): no policy acts, and the next position stays.
-    """
-    placement = placement_of(model)
-    tokens, active = place_rows(placement, (tokens, active))
-    x = model.embed(tokens)
-    positions = jnp.where(active, cache.next[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32), -1)
-    seen = cache.next + jnp.sum(active, axis=1, dtype=jnp.int32)
-    marks = {"id": tokens, "label": jnp.full_like(tokens, GENERATED)}
-    layers = len(model.blocks)
-    storage, states, carry = cache.storage, [], None
-    for index, (block, where) in enumerate(zip(model.blocks, cache.places, strict=True)):
-        spec = Spec(block.spec, layers, prompt=0, shortest=0, room=0)
-        context = Context(jnp.int32(index), cache.next, spec)
-        here = policy.at(index, layers)
-        wanted = here.observe(prefill=False)
-        query, fresh = project(block, x, positions)
-        fresh = here.stats(marked(fresh, {name: marks[name] for name in wanted.marks}), None, context)
-        layer = Layer(where.load(storage), cache.states[index])
-        out, layer, carry = decode_layer(here, layer, query, fresh, carry, seen, context, provisional=provisional)
-        layer = place_cache(placement, layer, len(tokens), block.spec.kv_heads)
-        storage = where.save(storage, layer.store)
-        states.append(layer.states)
-        x = block.finish(x, to_heads(out).astype(x.dtype))
-    taken = jnp.where((cache.room == ENDLESS) | provisional, 0, tokens.shape[1])
-    after = cache.next if provisional else seen
-    return model.unembed(x), KVCache(storage, cache.places, tuple(states), after, cache.room - taken)
-
-
-def decode_layer(
-    policy: Policy,
-    layer: Layer,
-    query: Query,
-    fresh: Tokens,
-    carry: Any,
-    seen: Int[Array, "B"],
-    context: Context,
-    *,
-    provisional: bool = False,
-) -> tuple[Float[Array, "B G R T V"], Layer, Any]:
-    """One layer of a decode step, between a model's projections and its output.
-
-    Args:
-        fresh: the new tokens, with the policy's statistics.
-        carry: what the layers below handed up.
-        seen: the next true position.
-
-    Returns:
-        The attention output, the layer's cache after the step, and what goes up the layers.
-    """
-    if not provisional:
-        layer = Layer(policy.settle(layer.store), layer.states)
-    layer = policy.before(layer, query, context)
-    store = layer.store.append(fresh)
-    part, carry = policy.read(store, query, carry, context)
-    layer = Layer(store, layer.states)
-    out = policy.recall(part, layer.states, query, context).out
-    if not provisional:
-        wanted = policy.observe(prefill=False)
-        rows = store.probabilities(query, part.lse) if wanted.rows else None
-        evidence = Evidence(seen, rows, queries=query.rotated if wanted.queries else None)
-        layer = policy.step(layer, evidence, context)
-    return out, layer, carry
-
-
-def settle(model: Decoder, cache: KVCache, policy: Policy) -> KVCache:
-    """Before a provisional run, what a decode step does first: every store is rewritten where its policy has waited."""
-    storage = cache.storage
-    for index, where in enumerate(cache.places):
-        here = policy.at(index, len(model.blocks))
-        storage = where.save(storage, here.settle(where.load(storage)))
-    return replace(cache, storage=storage)
 
 
 def forward(

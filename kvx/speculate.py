@@ -17,12 +17,12 @@ from kvx.drafters import ACCEPT, EMIT, Drafter, Draws, propose_beside, propose_n
 from kvx.errors import BadInput
 from kvx.generate import Generation, full_policy, row_keys, said_tokens, stop_tokens
 from kvx.inputs import checked_policy
-from kvx.loop import decode_run, settle
 from kvx.parts.amounts import whole
 from kvx.policy import Policy
 from kvx.prefill import prefill
 from kvx.pytree import pytree
 from kvx.sampling import GREEDY, Sampling, law, next_token
+from kvx.step import decode_run, settle
 
 
 @pytree

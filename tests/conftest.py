@@ -18,6 +18,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("kvx", "beartype.beartype")
 
+from collections import Counter
 from collections.abc import Iterator
 
 import jax
@@ -25,6 +26,20 @@ import pytest
 
 MAPS = 30_000
 """Memory maps at which a process lets go of its programs: beyond the kernel's limit of 65,530, XLA crashes."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before items are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a `sampled` test's variants, all but the first ones are slow."""
+    quick: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is None or item.get_closest_marker("slow"):
+            continue
+        test = item.nodeid.partition("[")[0]
+        quick[test] += 1
+        if quick[test] > (mark.args[0] if mark.args else 1):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,8 +12,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from kvx.kernels.merge_partials import Partial, merge_partials
-from kvx.loop import to_heads
 from kvx.parts.feature_state import FeatureMaps
+from kvx.query import to_heads
 from kvx.train.layer_record import LayerRecord
 
 

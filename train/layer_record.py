@@ -12,10 +12,11 @@ from kvx.decoder import Block
 from kvx.kernels.decode_attention import slot_logits, ungroup
 from kvx.kernels.logits import partial_softmax
 from kvx.kernels.merge_partials import Partial
-from kvx.loop import attend, decode_layer, project
+from kvx.loop import attend, project
 from kvx.policy import Policy
 from kvx.pytree import pytree
 from kvx.query import Query
+from kvx.step import decode_layer
 from kvx.tokens import Tokens
 
 
@@ -104,7 +105,7 @@ def _held(
         index = jnp.full((*tokens.positions.shape[:2], 1), place, jnp.int32)
         fresh = policy.stats(tokens.take(index, jnp.ones(index.shape, bool)), None, here)
         held = jnp.concatenate([cache.store.positions(), index], axis=2)
-        _, cache, _ = decode_layer(policy, cache, _rows(query, place, 1), fresh, None, here.lengths + 1, here)
+        _, cache, _, _ = decode_layer(policy, cache, _rows(query, place, 1), fresh, None, here.lengths + 1, here)
         return cache, held
 
     _, held = jax.lax.scan(advance, start, jnp.arange(prompt, length, dtype=jnp.int32))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import jax
@@ -86,27 +87,47 @@ def _cost(
     batch, length = prompts.shape
     trace = abstract_prefill(decoder, policy, length, batch, steps).trace
     alive = most_alive(trace, scratch=scratch)
-    reading, stepping, held, read = [], [], CacheBytes(0, 0, 0), 0
-    for _ in range(1 + repeats):
-        begin = time.perf_counter()
-        start = jax.block_until_ready(kvx.prefill(decoder, prompts, policy, max_new_tokens=steps))
-        reading.append(time.perf_counter() - begin)
-        held = CacheBytes.of(parts(start[1]))
-        begin = time.perf_counter()
-        # The first token comes from the prefill's logits, so this many steps give one token more.
-        result = kvx.generate(decoder, prompts, policy=policy, max_new_tokens=steps + 1, start=start)
-        jax.block_until_ready(result)
-        stepping.append((time.perf_counter() - begin) / steps)
-        read = result.cache.bytes_read()
+    laps = [lap(decoder, prompts, policy, steps) for _ in range(1 + repeats)][1:]
     return Cost(
         model=model_name,
         policy=policy.text,
         length=length,
         batch=batch,
-        cache_bytes=held.total,
-        metadata_bytes=held.metadata,
+        cache_bytes=laps[0].held.total,
+        metadata_bytes=laps[0].held.metadata,
         peak_bytes=sum(array_bytes(leaf) for leaf in jax.tree.leaves(decoder)) + prompts.nbytes + alive,
-        bytes_read=read,
-        prefill_seconds=median(reading[1:]),
-        step_seconds=median(stepping[1:]),
+        bytes_read=laps[0].bytes_read,
+        prefill_seconds=median(each.prefill_seconds for each in laps),
+        step_seconds=median(each.step_seconds for each in laps),
     )
+
+
+@dataclass(frozen=True)
+class Lap:
+    """A prefill and some decode steps, once.
+
+    Attributes:
+        prefill_seconds: of the exact pass, the evidence that the policy reads, and its packing.
+        step_seconds: of one step in the compiled loop.
+        held: bytes of the cache after the prompt.
+        bytes_read: of it, in a step.
+    """
+
+    prefill_seconds: float
+    step_seconds: float
+    held: CacheBytes
+    bytes_read: int
+
+
+def lap(decoder: Decoder, prompts: Int[np.ndarray, "B T"], policy: kvx.Policy, steps: int) -> Lap:
+    """Run and time both; the first lap of a policy compiles."""
+    begin = time.perf_counter()
+    start = jax.block_until_ready(kvx.prefill(decoder, prompts, policy, max_new_tokens=steps))
+    middle = time.perf_counter()
+    held = CacheBytes.of(parts(start[1]))
+    again = time.perf_counter()
+    # The first token comes from the prefill's logits, so this many steps give one token more.
+    result = kvx.generate(decoder, prompts, policy=policy, max_new_tokens=steps + 1, start=start)
+    jax.block_until_ready(result)
+    end = time.perf_counter()
+    return Lap(middle - begin, (end - again) / steps, held, result.cache.bytes_read())

@@ -9,7 +9,6 @@ to every policy.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +21,16 @@ from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.eval.fidelity.findings import Fidelity
-from kvx.eval.fidelity.observed_step import Gap, gap, most_attended, observed_step
+from kvx.eval.fidelity.looks import Gap, Gaps, MostAttended
 from kvx.eval.perplexity import WORKERS, as_bfloat16
 from kvx.eval.shared_pass import prefill_each
+from kvx.layer_by_layer import scan
+from kvx.lending import takes_cache
 from kvx.mesh import placement_of
 from kvx.parts.amounts import whole
 from kvx.progress import Steps
 from kvx.pytree import pytree
+from kvx.step import observed_run
 
 SEGMENT = 32
 """Decode steps whose distributions exist at a time: the full cache's and one policy's, over the whole vocabulary."""
@@ -44,6 +46,7 @@ def fidelity(
     policies: Sequence[kvx.Policy],
     *,
     most: int = MOST,
+    by_layer: bool = False,
     console: Console | None = None,
 ) -> list[Fidelity]:
     """How far each policy lies from the full cache while documents are forced through the decode path.
@@ -57,6 +60,7 @@ def fidelity(
         policies: what to measure; the full cache need not be among them, and costs nothing more if it is.
         most: k of the recall of the k most attended tokens, by query head; 0: attention is not looked at, and only
             distributions are compared (on SmolLM2-135M a third less compilation and a tenth less time).
+        by_layer: compile single layers instead of whole decode steps (`kvx.layer_by_layer`).
 
     Raises:
         BadInput: a prompt that leaves fewer than two tokens to force (nothing follows the last), or k below 0.
@@ -80,11 +84,13 @@ def fidelity(
             here = slice(start, start + SEGMENT)
             tokens, after = (jnp.asarray(array[:, here], jnp.int32) for array in (forced, following))
             steps(f"steps {start + 1} to {start + tokens.shape[1]}: {full.text}")
-            reference, wanted, caches[0] = _reference(model, tokens, caches[0], most=most)
+            with kvx.layer_by_layer(by_layer):
+                reference, wanted, caches[0] = _reference(model, tokens, caches[0], most=most)
             walks[0].append(_compared(reference, reference, after, _no_gaps(wanted)))
 
             def one(index: int, tokens=tokens, after=after, reference=reference, wanted=wanted):
-                scores, gaps, cache = _forced(model, tokens, wanted, caches[index], every[index], caches[0])
+                with kvx.layer_by_layer(by_layer):
+                    scores, gaps, cache = _forced(model, tokens, wanted, caches[index], every[index], caches[0])
                 return _compared(reference, scores, after, gaps), cache
 
             # Two at a time, since one compiles on one core while the other walks.
@@ -109,64 +115,63 @@ class _Walk:
     divergence: Float[Array, "B T"]
     agreement: Float[Array, "B T"]
     surprisal: Float[Array, "B T"]
-    gaps: list[Gap]
+    gaps: tuple[Gap, ...]
 
 
-@partial(jax.jit, donate_argnames="cache", static_argnames="most")
+@takes_cache(static=("most",))
 def _reference(
     model: Decoder, tokens: Int[Array, "B T"], cache: KVCache, *, most: int
-) -> tuple[Float[Array, "B T N"], list[Int[Array, "T B H K"]], KVCache]:
+) -> tuple[Float[Array, "B T N"], tuple[Int[Array, "T B H K"], ...], KVCache]:
     """The full cache's log-probabilities after each token, and the tokens that every layer attended to most."""
 
+    everyone, look = jnp.ones((len(tokens), 1), bool), MostAttended(most) if most else None
+
     def advance(cache, token):
-        def look(index, store, query, out):
-            return most_attended(store, query, most) if most else None
+        logits, cache, wanted = observed_run(model, token[:, None], cache, kvx.policies.full(), everyone, look)
+        return cache, (_log_softmax(logits[:, 0]), wanted)
 
-        logits, cache, wanted = observed_step(model, token, cache, kvx.policies.full(), look)
-        return cache, (jax.nn.log_softmax(logits), wanted)
-
-    cache, (scores, wanted) = jax.lax.scan(advance, cache, tokens.T)
-    return jnp.swapaxes(scores, 0, 1), wanted if most else [], cache
+    cache, (scores, wanted) = scan(advance, cache, tokens.T)
+    return jnp.swapaxes(scores, 0, 1), wanted if most else (), cache
 
 
-@partial(jax.jit, donate_argnames="cache")
+@takes_cache()
 def _forced(
     model: Decoder,
     tokens: Int[Array, "B T"],
-    wanted: list[Int[Array, "T B H K"]],
+    wanted: tuple[Int[Array, "T B H K"], ...],
     cache: KVCache,
     policy: kvx.Policy,
     full: KVCache,
-) -> tuple[Float[Array, "B T N"], list[Gap], KVCache]:
+) -> tuple[Float[Array, "B T N"], tuple[Gap, ...], KVCache]:
     """A policy's log-probabilities after each token, and each layer's gaps.
 
     Args:
         full: the full cache after these tokens; what is later than a query, it does not see.
     """
-    stores = full.layers
+    everyone, stores = jnp.ones((len(tokens), 1), bool), full.layers
 
     def advance(cache, step):
         token, wanted = step
+        look = Gaps(stores, wanted) if wanted else None
+        logits, cache, gaps = observed_run(model, token[:, None], cache, policy, everyone, look)
+        return cache, (_log_softmax(logits[:, 0]), gaps)
 
-        def look(index, store, query, out):
-            return gap(store, query, out, stores[index], wanted[index]) if wanted else None
-
-        logits, cache, gaps = observed_step(model, token, cache, policy, look)
-        return cache, (jax.nn.log_softmax(logits), gaps)
-
-    cache, (scores, gaps) = jax.lax.scan(advance, cache, (tokens.T, wanted))
-    return jnp.swapaxes(scores, 0, 1), gaps if wanted else [], cache
+    cache, (scores, gaps) = scan(advance, cache, (tokens.T, wanted))
+    return jnp.swapaxes(scores, 0, 1), gaps if wanted else (), cache
 
 
-def _no_gaps(wanted: list[Int[Array, "T B H K"]]) -> list[Gap]:
+_log_softmax = jax.jit(jax.nn.log_softmax)
+
+
+def _no_gaps(wanted: tuple[Int[Array, "T B H K"], ...]) -> tuple[Gap, ...]:
     """The full cache's from itself."""
     asked = [jnp.sum(each >= 0, axis=-1, dtype=jnp.int32) for each in wanted]
-    return [Gap(jnp.zeros(each.shape), jnp.ones(each.shape), each, each) for each in asked]
+    return tuple(Gap(jnp.zeros(each.shape), jnp.ones(each.shape), each, each) for each in asked)
 
 
 @jax.jit
 def _compared(
-    reference: Float[Array, "B T N"], scores: Float[Array, "B T N"], after: Int[Array, "B T"], gaps: list[Gap]
+    reference: Float[Array, "B T N"], scores: Float[Array, "B T N"], after: Int[Array, "B T"], gaps: tuple[Gap, ...]
 ) -> _Walk:
     """A segment's numbers: KL(reference || scores), equal likeliest tokens, -log p of the tokens that follow."""
     divergence = jnp.sum(jnp.exp(reference) * (reference - scores), axis=-1)

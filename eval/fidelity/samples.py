@@ -34,6 +34,7 @@ def fidelity_records(
     forced: int,
     seed: int,
     most: int = MOST,
+    by_layer: bool = False,
     console: Console | None = None,
 ) -> Iterator[Record]:
     """The records of a task named "fidelity", whose score is the divergence: less is better, 0 is the full cache.
@@ -50,6 +51,7 @@ def fidelity_records(
         prompt: tokens of each that are prefilled.
         forced: tokens of each that are forced, at least 2.
         most: of `fidelity`; at 0 the last two measures are left out.
+        by_layer: of `fidelity`.
         seed: of where in the prose the first document begins.
         console: where progress goes; None: standard error.
 
@@ -59,7 +61,8 @@ def fidelity_records(
     texts = seeded_documents(tokenizer, prose, documents, prompt + forced, seed)
     cell = Cell(model_name, TASK, prompt + forced, "agnostic")
     for first in range(0, len(policies), TOGETHER):
-        for found in fidelity(decoder, texts, prompt, policies[first : first + TOGETHER], most=most, console=console):
+        together = policies[first : first + TOGETHER]
+        for found in fidelity(decoder, texts, prompt, together, most=most, by_layer=by_layer, console=console):
             for index, text in enumerate(texts):
                 yield fidelity_record(cell, index, text, found, index)
 

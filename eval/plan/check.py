@@ -16,9 +16,9 @@ from kvx.eval.plan.abstract import AbstractPrefill
 from kvx.eval.plan.chips import Chip
 from kvx.eval.plan.planning import Planner
 from kvx.kernels.implementations import compiling_for
-from kvx.loop import decode
 from kvx.mesh import place_cache, place_model, placement_of
 from kvx.policy import Policy
+from kvx.step import decode
 
 _FULL = "RESOURCE_EXHAUSTED"
 

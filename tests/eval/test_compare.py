@@ -27,7 +27,6 @@ SMALL = Workload(
     forced=16,
     calibration=(2, 64),
     timed_length=320,
-    prefill_length=320,
 )
 POLICIES = ("snapkv(budget=80)", "q_filters(budget=80)", "kivi(bits=2)")
 

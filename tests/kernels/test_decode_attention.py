@@ -160,6 +160,7 @@ def test_a_tail_is_one_more_partial():
     assert error(merged, attend(**arrays, tail=tail)) < EXACT
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["f32", "int2"])
 def test_probabilities_are_the_softmax_that_the_output_is_the_mean_under(kind):
     arrays = call(kind, masked="both", tail=7)

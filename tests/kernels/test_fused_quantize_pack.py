@@ -41,6 +41,7 @@ def assert_equals_reference(spec, **named):
             np.testing.assert_allclose(other, one, rtol=0, atol=spec.tolerance * np.abs(one).max())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("spec", FAST, ids=name)
 def test_numeric_xla(spec):
     assert_equals_reference(spec, implementation="xla")

@@ -37,6 +37,7 @@ def assert_equals_reference(spec, **named):
         np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=spec.tolerance * max(largest, 1e-30))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("spec", FAST, ids=str)
 def test_numeric_xla(spec):
     assert_equals_reference(spec, implementation="xla")
@@ -113,6 +114,7 @@ def test_rows_are_keys_and_their_ends_are_values(batch, slots, heads, widths, le
         np.testing.assert_allclose(part.lse, jnp.swapaxes(wanted.lse[:, 0], 1, 2), atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_coded_rows_are_rotary_keys_beside_what_their_codes_stand_for(bits):
     rows = rows_of(0, 2, 10, 96)

@@ -60,6 +60,7 @@ def close(found, wanted):
         np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=3e-5, rtol=2e-4)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_gradients_of_output_and_log_sum_exp_are_those_of_the_plain_form(implementation, mask):

@@ -30,7 +30,6 @@ from kvx.policies import (
     less,
     mikv,
     minicache,
-    names,
     paged,
     pyramidinfer,
     pyramidkv,
@@ -205,11 +204,8 @@ CASES: dict[str, Case] = {
 LATENT = {"latent_codes"}
 """Methods for latent attention, which the tiny model here does not have: `test_latent_contracts.py` has their cases."""
 
-QUICK = {*names(), "snapkv+kivi", "h2o+kivi"}
-"""Whose identity with the full cache `make test` checks; variants and other chains run with the slower tests."""
-
 KINDS = {"full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "adakv", "kivi", "quest", "roco"}
-"""One for each kind of store and schedule: `make test` checks the other contracts on these, the slower tests on all."""
+"""One for each kind of store and schedule: `make test` checks the contracts on these, the slower tests on all."""
 
 
 def parameters(chosen: Iterable[str] = CASES, quick: Container[str] = KINDS) -> list:

@@ -21,10 +21,10 @@ import numpy as np
 from jax.experimental import topologies
 
 import kvx
-from kvx.loop import decode
 from kvx.mesh import RULES, Rules, place_cache, place_model, place_rows, placement_of
 from kvx.models.build import abstract_model
 from kvx.policy_text import parse_policy
+from kvx.step import decode
 from kvx.stores.host import HOST
 
 BATCH, SLOTS, ROOM, KV_HEADS = 8, 4096, 128, 8

@@ -99,6 +99,7 @@ def tree_law(p, children_laws, drawn) -> np.ndarray:
     return emitted
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_independent_children_are_exact(seed):
     p, q = map(jnp.asarray, some_laws(2, seed=seed))
@@ -106,6 +107,7 @@ def test_independent_children_are_exact(seed):
     assert abs(tree_law(p, lambda children: [q] * 3, drawn) - p).max() < 1e-12
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_children_without_replacement_are_exact(seed):
     p, q = map(jnp.asarray, some_laws(2, seed=seed))

@@ -11,7 +11,8 @@ import pytest
 import kvx
 from kvx.generate import _generate
 from kvx.kernels.decode_attention import decode_attention
-from kvx.loop import attend, decode, pack_layer
+from kvx.loop import attend, pack_layer
+from kvx.step import decode
 from tests import tiny
 
 COPY = re.compile(r"= (\w+\[[\d,]*\])(?:\{[^}]*\})? (?:copy|copy-start)\(")

@@ -8,28 +8,16 @@ import pytest
 import kvx
 from kvx.cache import ENDLESS
 from tests import tiny
-from tests.kvx.contract_cases import CASES, KINDS, LATENT, QUICK, parameters
+from tests.kvx import forced_run
+from tests.kvx.contract_cases import CASES, KINDS, LATENT, parameters
+from tests.kvx.forced_run import LENGTHS, STEPS, forced, run
 
-STEPS = 24
-LENGTHS = (110, 40, 71)
 BUDGET = 48
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(num_hidden_layers=3)
-
-
-def forced(rows: int = 3) -> np.ndarray:
-    """A continuation to feed, the same for every policy."""
-    return np.random.default_rng(1).integers(0, 97, (3, STEPS)).astype(np.int32)[:rows]
-
-
-def run(model, policy, tokens, lengths, continuation, **prefilling):
-    """Log-probabilities along a forced continuation, and the cache after it."""
-    logits, cache = kvx.prefill(model, tokens, policy, lengths, max_new_tokens=STEPS, **prefilling)
-    scores, cache = kvx.teacher_forced(model, continuation, cache, policy, logits)
-    return np.asarray(scores), cache
+@pytest.fixture(scope="module", name="model")
+def three_layers():
+    return forced_run.model()
 
 
 def kept(cache, row: int) -> list[list[set[int]]]:
@@ -43,18 +31,7 @@ def test_every_registered_method_has_a_case():
     assert set(kvx.policies.names()) <= used | LATENT
 
 
-@pytest.mark.parametrize("name", parameters(quick=QUICK))
-def test_a_budget_that_holds_every_token_is_the_full_cache(model, name):
-    """Also in a batch with a row below its budget and one above: only the second may differ."""
-    tokens, lengths = tiny.prompts(*LENGTHS)
-    full, _ = run(model, kvx.policies.full(), tokens, lengths, forced())
-    scores, _ = run(model, CASES[name].exact(4096), tokens, lengths, forced())
-    # 1e-5 of the largest logit, about 10 here; two log-softmaxes of rounding on top.
-    assert np.abs(scores - full).max() < 2e-4
-    scores, _ = run(model, CASES[name].exact(80), tokens, lengths, forced())
-    assert np.abs(scores[1] - full[1]).max() < 2e-4, "row 1 ends at 64 tokens, below the budget of 80"
-
-
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", parameters())
 def test_a_row_of_a_batch_equals_the_row_alone(model, name):
     """Kept positions exactly; log-probabilities within 5e-4 where the store does not round."""
@@ -72,6 +49,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(model, name):
         assert np.abs(exact[0] - unrounded[row]).max() < 5e-4
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", parameters(name for name, case in CASES.items() if case.evicts))
 @pytest.mark.parametrize("budget", [BUDGET, 0.4])
 def test_the_budget_bounds_what_is_kept_and_bytes_are_saved(model, name, budget):
@@ -107,6 +85,7 @@ def test_a_policy_that_changes_the_pass_refuses_company_and_chunks(model, name):
         kvx.prefill(model, tokens, policy, lengths, prefill_chunk=32)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", parameters(IN_COMPANY))
 def test_chunked_prefill_that_compresses_at_the_end_equals_unchunked(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
@@ -116,6 +95,7 @@ def test_chunked_prefill_that_compresses_at_the_end_equals_unchunked(model, name
     assert np.abs(whole - chunked).max() < 5e-4
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", parameters(name for name, case in CASES.items() if case.chunked and case.evicts))
 def test_cutting_every_chunk_keeps_the_budget(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
@@ -138,6 +118,7 @@ def test_a_tuple_of_policies_shares_one_pass_and_changes_nothing(model, every):
         assert cache.nbytes == single.nbytes
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", parameters())
 def test_a_row_that_has_ended_leaves_its_cache_as_it_is(model, name):
     """Rows of unequal continuation: the shorter one's kept tokens equal those of stopping there."""
@@ -159,6 +140,7 @@ def is_endless(name: str) -> bool:
     return all(policy.at(layer, 3).bounded for layer in range(3))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", parameters(name for name in CASES if is_endless(name)))
 def test_a_bounded_policy_runs_past_its_room_in_constant_memory(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
@@ -175,6 +157,7 @@ def test_a_bounded_policy_runs_past_its_room_in_constant_memory(model, name):
         assert (newest >= lengths + 300 - 40).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["snapkv", "d2o", "kivi"])
 def test_a_cache_without_room_refuses_more_tokens(model, name):
     """d2o is bounded, but its exempt first layer is not."""
@@ -195,9 +178,9 @@ def test_a_budget_beyond_prompt_and_room_is_not_endless(model):
     assert int(cache.room) == ENDLESS
 
 
-def test_nbytes_is_the_sum_of_the_arrays(model):
+@pytest.mark.parametrize("name", parameters())
+def test_nbytes_is_the_sum_of_the_arrays(model, name):
     tokens, lengths = tiny.prompts(*LENGTHS)
-    for case in CASES.values():
-        _, cache = kvx.prefill(model, tokens, case.build(BUDGET), lengths)
-        assert cache.nbytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(cache))
-        assert 0 < cache.bytes_read() <= case.reads * cache.nbytes
+    _, cache = kvx.prefill(model, tokens, CASES[name].build(BUDGET), lengths, max_new_tokens=STEPS)
+    assert cache.nbytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(cache))
+    assert 0 < cache.bytes_read() <= CASES[name].reads * cache.nbytes

@@ -262,6 +262,7 @@ def test_unrotated_keys_stay_and_only_their_positions_change():
     np.testing.assert_allclose(moved.dense()[0], rotated.dense()[0], atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "policy",
     [

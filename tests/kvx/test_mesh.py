@@ -89,6 +89,7 @@ NAMES = [name for name in kvx.policies.names() if name not in {"less", *LATENT}]
 QUICK = {"full", "h2o", "snapkv", "pyramidkv", "quest"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "text",
     [

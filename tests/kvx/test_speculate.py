@@ -47,6 +47,7 @@ def plain(policy):
     return run(kvx.generate, policy)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("gamma", [0, 5, *(pytest.param(gamma, marks=pytest.mark.slow) for gamma in (1, 3, 12))])
 def test_greedy_tokens_are_those_of_the_target_alone(gamma):
     """The same codes at every position, on whichever side of a block's boundary a round ends."""
@@ -71,6 +72,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_whoever_drafts_greedy_tokens_are_those_of_the_target_alone(name):
     policy, drafter = CASES[name]
@@ -117,6 +119,7 @@ def test_the_cache_goes_on_as_a_plain_one():
     assert abs(np.asarray(logits[0] - logits[1])).max() < 5e-4
 
 
+@pytest.mark.slow
 def test_a_penalty_counts_drafts_that_stand_and_no_others():
     rule = kvx.sampling(repetition_penalty=1.5)
     expected, found = (run(how, nested(), sampling=rule) for how in (kvx.generate, speculate))
@@ -124,6 +127,7 @@ def test_a_penalty_counts_drafts_that_stand_and_no_others():
     assert not np.array_equal(found.tokens, plain(nested()).tokens)
 
 
+@pytest.mark.slow
 def test_a_row_of_a_batch_equals_the_row_alone():
     rule = kvx.sampling(temperature=1.0)
     seeds = (11, 12)
@@ -222,6 +226,7 @@ def test_seeds_temperatures_and_lengths_share_a_program():
     assert _speculate._cache_size() == before
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("beside", [False, True])
 def test_no_round_copies_a_cache_sized_array(beside):
     tokens, _ = tiny.prompts(600)

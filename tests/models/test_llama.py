@@ -43,6 +43,7 @@ def test_blocks_of_equal_spec_share_a_treedef(name):
             assert same == (one.spec == other.spec)
 
 
+@pytest.mark.slow
 def test_grouped_heads_equal_repeated_ones():
     """A model with 2 KV heads for 4 query heads is one with 4 KV heads of which pairs are equal."""
     grouped = random_model(LLAMA, seed=1)

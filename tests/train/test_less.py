@@ -10,9 +10,10 @@ import pytest
 import kvx
 from kvx import policies
 from kvx.context import Context, Spec
-from kvx.loop import decode_layer, project
+from kvx.loop import project
 from kvx.parts.losers import Drop
 from kvx.policy import Layer, Policy
+from kvx.step import decode_layer
 from kvx.train import less as training
 from kvx.train.feature_maps import Settings, attention
 from kvx.train.layer_record import record_layer

@@ -26,6 +26,7 @@ def sizes(cache):
     return [(part.path, part.array.shape, part.array.dtype) for part in cache]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("text", ["full", "snapkv(budget=64, window=8)+kivi(bits=2, group=32)", "h2o(budget=0.25)"])
 def test_a_cache_of_shapes_is_that_of_a_real_prefill(text):
     policy, model = kvx.parse_policy(text), tiny.model(num_hidden_layers=2)
@@ -37,6 +38,7 @@ def test_a_cache_of_shapes_is_that_of_a_real_prefill(text):
     assert found.read == real.bytes_read() and found.tree == jax.tree.structure(real)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", parameters())
 def test_every_cache_grows_evenly_with_its_rows(name):
     policy = CASES[name].build(128)

@@ -42,6 +42,7 @@ def causal(logits):
     return softmax(np.where(np.tril(np.ones(logits.shape[-2:], bool)), logits, -np.inf))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("bos", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 10, N])
@@ -144,6 +145,7 @@ def test_calibration_finds_the_heads_of_a_dense_search_and_needs_no_batches():
     assert policy.text == f"razor_attention(buffer=16, heads={expected}, induction=0.3, echo=0.2, block=24)"
 
 
+@pytest.mark.slow
 def test_a_calibrated_policy_is_what_its_text_and_its_file_say(tmp_path):
     policy = kvx.calibrate(razor_attention(16, ratio=None, induction=0.2, block=16), model())
     kvx.save_policy(policy, tmp_path / "policy")

@@ -34,6 +34,7 @@ def ask(model, policy, prefix, contexts, question):
     return kvx.prefill(model, np.asarray([question]), policy, cache=cache)
 
 
+@pytest.mark.slow
 def test_one_context_without_temperature_and_scale_is_sequential_encoding(model):
     prefix, context, question = texts(5, 21, 6)
     logits, cache = ask(model, PLAIN, prefix, [context], question)
@@ -107,6 +108,7 @@ class Brute:
         return q, *(np.asarray(rows[0], np.float64).transpose(1, 0, 2) for rows in (k, v))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("temperature", "scale"), [(0.9, 0.9), (0.5, 1.3), (1.0, 1.0)])
 def test_logits_of_question_and_generation_equal_brute_force(model, temperature, scale):
     prefix, *contexts, question = texts(4, 17, 9, 13, 8)

@@ -79,6 +79,7 @@ class Cascade:
                 alive[held[len(held) - 1 - np.argmin(smooth[::-1])]] = False
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("taus", [(1.0, 1.0), (1.6, 0.4)])
 def test_kept_sets_and_logits_equal_the_masked_simulation(taus):
     prompt, _ = prompts(40)
@@ -126,6 +127,7 @@ def climbed(policy, rows):
         )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("seed", range(3))
 def test_cuts_are_nested_and_every_arrival_holds_the_total_exactly(seed):
     layers, length, budget = 6, 50, 11
@@ -142,6 +144,7 @@ def test_cuts_are_nested_and_every_arrival_holds_the_total_exactly(seed):
     assert len({len(layer[0]) for layer in before}) > 1, "layers differ"
 
 
+@pytest.mark.slow
 def test_equal_preferences_and_no_variance_keep_what_snapkv_keeps():
     rows = random_rows(1, 40)
     *_, (counts, sets) = climbed(policies.cake(11, window=WINDOW, gamma=0), np.repeat(rows, 5, axis=0))
@@ -152,6 +155,7 @@ def test_equal_preferences_and_no_variance_keep_what_snapkv_keeps():
         assert layer == [set(np.flatnonzero(head).tolist()) for head in mask]
 
 
+@pytest.mark.slow
 def test_attention_that_never_moves_gives_every_layer_its_mean():
     rows = np.full((4, 2, 2, WINDOW, 40), 1 / 40)
     *_, (counts, sets) = climbed(policies.cake(11, window=WINDOW), rows)
@@ -159,6 +163,7 @@ def test_attention_that_never_moves_gives_every_layer_its_mean():
     assert all(len(head) == 11 for layer in sets for head in layer)
 
 
+@pytest.mark.slow
 def test_a_prompt_within_the_budget_is_left_whole_and_fills_up_while_decoding():
     prompt, lengths = prompts(30, 12)
     policy = policies.cake(20, window=WINDOW)
@@ -218,6 +223,7 @@ def kv_bytes(rows):
     return sum(a.nbytes for a in arrays if a.shape[:2] == (rows, heads) and a.shape[3] == width)
 
 
+@pytest.mark.slow
 def test_a_prefill_holds_the_pool_and_one_full_layer(monkeypatch):
     rows, length, budget, layers = 3, 768, 32, 4
     samples, before = [], kv_bytes(rows)

@@ -67,6 +67,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_kept_sets_and_logits_equal_the_dense_simulation(name):
     prompt, _ = prompts(24)
@@ -158,6 +159,7 @@ def test_with_a_width_of_one_the_mass_moves_to_the_next():
         np.testing.assert_array_equal(new[place], old[place])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("victims", "width"), [([2], 3), ([8], 3), ([1, 2], 3), ([1, 4, 5], 2), ([0, 8, 7], 32)])
 def test_what_leaves_under_equal_attention_is_kept_by_the_others(victims, width):
     """rho = 1: the sum of all values is conserved, however few there are to take them, and keys are untouched."""
@@ -221,6 +223,7 @@ def test_equal_logits_keep_the_numerator():
     np.testing.assert_allclose(*totals, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_gifts_are_summed_before_they_are_rounded():
     """bfloat16: 64 values of 1/8 of the last place each would all be lost one by one."""
     order = np.arange(66)

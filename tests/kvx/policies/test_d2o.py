@@ -83,6 +83,7 @@ class Discriminative:
                     rows[head, survivor] = (own * original[head, survivor] + weight @ original[head, recalled]) / total
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("weights", ["exp", "mean"])
 def test_kept_sets_logits_and_merged_rows_equal_a_masked_simulation(weights):
     prompt, _ = prompts(40)
@@ -115,6 +116,7 @@ def test_golden_ratios():
     np.testing.assert_allclose(sizes / 10_000, [0.2183, 0.1617, 0.2413, 0.1787], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_budget_that_just_holds_prompt_and_answer_is_the_full_cache():
     """Layers of unlike concentration ask for unlike shares, but none can take more than there will be tokens."""
     text, lengths = prompts(70, 41)
@@ -139,6 +141,7 @@ def test_concentration_is_the_normalised_variance_of_column_mass():
     np.testing.assert_allclose(found, [concentration(column)], rtol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recent", [0.5, 0.9, 10])
 def test_every_layer_holds_exactly_its_slots_and_sees_every_fresh_token(recent):
     """Also where a layer gets fewer slots than the average layer's sinks and recent tokens."""

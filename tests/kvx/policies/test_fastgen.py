@@ -71,6 +71,7 @@ class Profiled:
                 alive[np.where(weak, mean, np.inf).argmin()] = False
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("recovery", "rules"), [(0.2, {0, 1}), (0.35, {1, 2}), (0.85, {2, 3}), (0.96, {3, 4})])
 def test_kept_sets_and_logits_equal_the_masked_simulation(recovery, rules):
     prompt, _ = prompts(44)

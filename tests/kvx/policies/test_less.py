@@ -13,10 +13,10 @@ from kvx import policies
 from kvx.cache import ENDLESS
 from kvx.context import Spec
 from kvx.kernels.merge_partials import merge_partials
-from kvx.loop import decode
 from kvx.parts.feature_state import Absorb, FeatureMaps, FeatureState
 from kvx.policy import Policy
 from kvx.pytree import pytree
+from kvx.step import decode
 from kvx.stores.dense import Dense
 from tests.kvx.policies import direct
 from tests.kvx.policies.masked_simulation import Simulation, kept_by
@@ -105,6 +105,7 @@ class Lambda:
         layer.alive[:] = (place < self.sinks) | (place >= len(place) - (self.budget - self.sinks))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("host", ["h2o", "lambda"])
 def test_kept_sets_and_logits_equal_the_parallel_form(host):
     """The recurrent state against a matrix of weights, decode step by decode step."""
@@ -168,6 +169,7 @@ class Trusting(Absorb):
 jax.tree_util.register_dataclass(Trusting)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("host", ["h2o", "lambda"])
 def test_exact_maps_are_the_full_cache(host):
     """As many features as tokens: every logit of the full cache, whatever was evicted at prefill and while decoding."""
@@ -185,6 +187,7 @@ def test_exact_maps_are_the_full_cache(host):
     assert max(len(head) for layer in kept_by(cache) for head in layer) == 8
 
 
+@pytest.mark.slow
 def test_linear_and_log_space_agree():
     """One division of sums against partials merged by log-sum-exp."""
     random = np.random.default_rng(0)

@@ -16,13 +16,13 @@ from kvx.evidence import Evidence
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.prefill_attention.columns import SUM
 from kvx.kernels.quantize_pack import dequantize, quantize
-from kvx.loop import decode
 from kvx.parts.amounts import one_of
 from kvx.parts.demote import Demote, LowBits
 from kvx.parts.evict import Evict
 from kvx.policies import h2o, mikv, snapkv
 from kvx.policy import Policy
 from kvx.pytree import pytree
+from kvx.step import decode
 from kvx.stores.base import nbytes
 from kvx.stores.coded import Coded
 from kvx.stores.tiers import Tiers
@@ -59,6 +59,7 @@ def kept(slots) -> list[list[list[int]]]:
     return [[sorted(head[head >= 0].tolist()) for head in row] for row in np.asarray(slots)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("high", "balance"), [(1, True), (0.3, False), (400, True)])
 def test_without_codes_it_is_the_full_cache(high, balance):
     full, _ = forced(kvx.policies.full())
@@ -66,6 +67,7 @@ def test_without_codes_it_is_the_full_cache(high, balance):
     assert np.abs(logits - full).max() <= 1e-5 * np.abs(full).max()
 
 
+@pytest.mark.slow
 def test_without_codes_generation_is_the_full_cache_s():
     prompt, lengths = prompts(*LENGTHS)
     one, other = (
@@ -107,6 +109,7 @@ class Forgetful(Demote):
         return Tiers.moving(store.tiers[0], Silent(**{name: getattr(low, name) for name in low.__dataclass_fields__}))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("high", [12, 0.25])
 def test_without_its_low_tier_it_keeps_what_h2o_keeps(high):
     stage = mikv(high=high, bits=2).stages[0]
@@ -133,6 +136,7 @@ def test_a_selection_before_it_is_respected():
             assert row == [[*head, *range(length, length + 5)] for head in before]
 
 
+@pytest.mark.slow
 def test_a_row_of_a_batch_equals_the_row_alone():
     policy = mikv(high=8, bits=2)
     together, cache = forced(policy)
@@ -156,6 +160,7 @@ def by_position(store, array, row):
     return rows[:, -count:]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("balanced", [True, False])
 def test_decoding_agrees_with_a_dense_oracle(balanced):
     """MiKV played out literally for each row and head, token by token, against the stage."""
@@ -293,6 +298,7 @@ def test_it_grows_and_nothing_that_evicts_at_every_step_may_precede_it():
         kvx.chain(mikv(), h2o(budget=8))
 
 
+@pytest.mark.slow
 def test_any_stage_of_eviction_may_decide_what_stays_exact():
     """Also one that acts once: then generated tokens stay exact."""
     once = snapkv(budget=10, window=4).stages[0]

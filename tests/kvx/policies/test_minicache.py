@@ -62,6 +62,7 @@ class Interpolation:
         return a * e, b * e
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "rule",
     [
@@ -114,6 +115,7 @@ def test_norms_and_the_rows_kept_apart_are_exact_in_both_layers():
     assert not np.array_equal(kept.keys.slots, kept.values.slots), "keys and values choose for themselves"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("parameters", [{"start": 1.0}, {"start": 0.0, "gamma": None}])
 def test_no_pairs_and_pairs_that_all_stay_apart_are_the_full_cache(parameters):
     continuation = np.random.default_rng(5).integers(0, 97, (2, NEW)).astype(np.int32)
@@ -157,6 +159,7 @@ def test_pairs_and_bytes_follow_the_closed_form():
     assert len(cache.storage) == pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [4, 8])
 def test_a_prefill_holds_one_waiting_layer_and_the_current_one_beside_the_pairs(monkeypatch, layers):
     length = 768

@@ -63,6 +63,7 @@ class Formula7(Simulation):
         return softmax(scale * q @ keys.T + bias) @ values
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("heads", [HEADS, ()])
 @pytest.mark.parametrize("compensate", [True, False])
 @pytest.mark.parametrize("ratio", [4, None])
@@ -115,6 +116,7 @@ def test_each_layer_has_stores_for_the_heads_it_has():
         assert members == [part for part in (named, [head for head in range(2) if head not in named]) if part]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "policy",
     [
@@ -135,6 +137,7 @@ def test_with_all_heads_retrieving_or_a_buffer_that_holds_all_it_is_exact(policy
     np.testing.assert_allclose(*scores, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_without_heads_or_compensation_it_is_a_stream_at_true_positions():
     prompt, _ = prompts(40)
     razor = razor_attention(12, None, sinks=4, heads=(), compensate=False)
@@ -230,6 +233,7 @@ def test_heads_that_the_model_lacks_are_refused_before_any_work():
         kvx.prefill(model(), prompt, razor_attention())
 
 
+@pytest.mark.slow
 def test_classes_follow_any_rule_that_decides_by_layer_and_head():
     """Heads under H2O keep what they would if all heads were under it: statistics too are a rule's own."""
     prompt, lengths = prompts(40, 23)

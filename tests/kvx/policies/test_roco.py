@@ -59,6 +59,7 @@ class Masked(RoCo):
         self.cut(layer.alive, layer.mass, self.squares[index])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_kept_sets_and_logits_equal_the_dense_rule(share):
     prompt, _ = prompts(40)
@@ -82,6 +83,7 @@ def test_the_deviation_makes_a_difference():
     assert kept_by(some) != kept_by(none)
 
 
+@pytest.mark.slow
 def test_beside_the_prompt_only_generated_tokens_leave():
     prompt, _ = prompts(24)
     policy = policies.roco(10, mode="decoding", share=0.5, recent=3)
@@ -145,6 +147,7 @@ class Strides(Simulation):
         return [[np.flatnonzero(head).tolist() for head in held[4]] for held in self.held]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("length", [64, 77])
 def test_a_prompt_in_strides_equals_the_dense_rule(length):
     """Statistics of what stays, squares too, travel from stride to stride in the tokens."""
@@ -172,6 +175,7 @@ def test_every_stride_ends_at_the_budget(length):
     assert {len(head) for layer in kept_by(cache) for head in layer} == {min(length, 24)}
 
 
+@pytest.mark.slow
 def test_without_a_share_it_is_mean_attention():
     prompt, _ = prompts(40)
     ours = policies.roco(20, share=0.0, sinks=0, recent=4)

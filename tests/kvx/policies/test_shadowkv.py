@@ -180,6 +180,7 @@ class Oracle:
         return block.finish(x, jnp.asarray(heads, jnp.float32))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("length", [90, 40])
 def test_a_whole_run_equals_the_oracle(model, length):
     """Chosen chunks exactly; the shorter prompt's chunks all fit, so that it is the full cache."""
@@ -200,6 +201,7 @@ def test_a_whole_run_equals_the_oracle(model, length):
         np.testing.assert_allclose(np.asarray(logits)[row], wanted, atol=5e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("budget", [8, 64])
 def test_what_stays_between_steps_changes_no_choice_and_only_what_is_missing_is_fetched(model, budget):
     """64 tokens are more chunks than one turn of the loop brings."""
@@ -260,6 +262,7 @@ def test_values_lie_on_the_host_and_bytes_follow_the_closed_form(model):
     assert full.host_nbytes == 0 and full.bytes_moved() == 0
 
 
+@pytest.mark.slow
 def test_a_row_that_has_ended_keeps_its_chunks(model):
     prompts, lengths = tiny.prompts(120, 110)
     policy = shadowkv(16, **HYPER)
@@ -274,6 +277,7 @@ def test_a_row_that_has_ended_keeps_its_chunks(model):
     assert any((one[0] != other[0]).any() for one, other in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_positions_are_those_of_the_tokens_that_a_selection_kept(model):
     """After SnapKV a head's chunks hold what it kept; rotation is at true positions: at full rank nothing changes."""
     prompts, lengths = tiny.prompts(120, 90)

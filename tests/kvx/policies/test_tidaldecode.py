@@ -1,12 +1,13 @@
 """Claims about TidalDecode (Yang et al. 2024): a masked float64 simulation of whole steps, exact choices, bytes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kvx
 from kvx import policies
-from kvx.loop import decode_run
+from kvx.step import decode_run
 from kvx.stores.chosen import Chosen
 from kvx.stores.dense import Dense
 from tests import tiny
@@ -54,6 +55,7 @@ class Persistent(Simulation):
         return allowed
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("layers", "recent", "group"),
     [((0,), 0, None), ((0, 2), 4, None), ((1,), 1, None), ((1, 2), 1, "max"), ((0,), 4, "mean")],
@@ -77,6 +79,7 @@ def scores(policy, *lengths):
     return np.asarray(found), cache
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("group", [None, "max", "mean"])
 def test_a_choice_of_everything_is_dense(group):
     wanted, _ = scores(policies.full(), LENGTH, 25)
@@ -84,6 +87,7 @@ def test_a_choice_of_everything_is_dense(group):
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layers", [(-1,), (0, 1, 2, 3), (2, 3)])
 def test_without_a_layer_that_reuses_every_layer_is_dense(layers):
     wanted, _ = scores(policies.full(), LENGTH, 25)
@@ -147,6 +151,7 @@ def test_recent_tokens_are_in_every_choice():
     assert (np.sort(np.asarray(forced)[..., :4], axis=-1) == [46, 47, 48, 49]).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("sets", "group"), [(2, None), (1, "max")])
 def test_reading_a_choice_is_attention_masked_outside_it(sets, group):
     kept, asked = store(9, sets=sets, group=group), one_layer.query([[49]])
@@ -166,6 +171,7 @@ def test_reading_a_choice_is_attention_masked_outside_it(sets, group):
     np.testing.assert_allclose(part.lse, np.log(np.exp(logits.astype(np.float64)).sum(axis=-1)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_queries_have_a_choice_each():
     kept, together = store(5, recent=2), one_layer.query([[47, 48, 49]])
     part, chosen = kept.choose(together)
@@ -180,12 +186,13 @@ def test_several_queries_have_a_choice_each():
         np.testing.assert_allclose(reused.out[:, :, :, index], kept.read_at(alone, own).out[:, :, :, 0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_tokens_equals_them_one_by_one():
     model, (prompt, _) = tiny.model(), tiny.prompts(30)
     policy = policies.tidaldecode(8, layers=(0,))
     run = jnp.asarray([[5, 17, 44]])
     _, cache = kvx.prefill(model, prompt, policy, max_new_tokens=NEW)
-    together, _ = decode_run(model, run, cache, policy, jnp.ones((1, 3), bool))
+    together, _ = jax.jit(decode_run)(model, run, cache, policy, jnp.ones((1, 3), bool))
     for index in range(3):
         logits, cache = kvx.decode_step(model, run[:, index], cache, policy)
         np.testing.assert_allclose(together[:, index], logits, atol=1e-4)

@@ -61,6 +61,7 @@ def grown(levels: int) -> tuple[Forked | Pages, Tokens, np.ndarray]:
     return store, everything, next
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_fork_equals_attention_with_the_prefix_copied_into_every_row(levels, length):
@@ -73,6 +74,7 @@ def test_a_fork_equals_attention_with_the_prefix_copied_into_every_row(levels, l
     assert len(store.levels) == levels and [len(level.store.used) for level in store.levels] == [2, 4, 12][:levels]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("levels", [1, 3])
 def test_what_it_stands_for_and_its_probabilities_are_in_one_order(levels):
     store, _everything, next = grown(levels)
@@ -88,6 +90,7 @@ def test_what_it_stands_for_and_its_probabilities_are_in_one_order(levels):
     np.testing.assert_array_equal(store.positions(), positions)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("window", [3, 6])
 def test_a_sliding_window_ends_at_another_place_of_the_prefix_for_every_row(window):
     store, everything, next = grown(2)

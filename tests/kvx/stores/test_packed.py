@@ -117,6 +117,7 @@ def row_of(store, row: int):
     return jax.tree.map(lambda a: jnp.array(a[row : row + 1] if a.ndim > 1 else a), store)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("length", "residual", "group", "bits"),
     [(0, 16, 8, 2), (5, 16, 8, 4), (16, 16, 8, 2), (17, 16, 16, 3), (47, 16, 8, 8), (48, 16, 16, 2), (40, 32, 32, 4)],
@@ -180,6 +181,7 @@ def test_streaming_gives_the_codes_of_one_prefill():
     assert leaves_equal(streamed.slots, at_once.slots)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_numbers_are_within_half_a_step(bits):
     stream = Stream(96)
@@ -209,6 +211,7 @@ def test_reading_equals_attention_over_what_the_store_stands_for():
     np.testing.assert_allclose(store.probabilities(query, part.lse), weights, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sliding_window_masks_codes_and_tail_alike():
     stream = Stream(60)
     store = packed(stream.prompt([50], 56), 56, 64)
