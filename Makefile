@@ -36,7 +36,7 @@ notebook: $(VENV)/notebook
 	$(BIN)/python -m pytest -m notebook tests/test_notebook.py
 
 bench: $(VENV)/peers
-	$(BIN)/python -m kvx.eval.peer_bench
+	$(BIN)/python -m kvx.eval.bench_peers
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

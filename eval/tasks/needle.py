@@ -16,7 +16,7 @@ from kvx.eval.tasks.planting import planted
 from kvx.eval.tasks.registry import task
 from kvx.eval.tasks.room import room
 from kvx.eval.tasks.sample import Question, Sample
-from kvx.eval.tasks.source import Source, random_of
+from kvx.eval.tasks.source import Source, part, random_of
 
 NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
 """The protocol's sentence."""
@@ -54,7 +54,7 @@ def _samples(source: Source, length: int, count: int, seed: int, hidden: list[st
     found = []
     for index in range(count):
         hay = Haystack.of(source, random_of(seed, "needle", length, index))
-        depth = index / (count - 1) if count > 1 else 0.5
+        depth = part(index, count) / (count - 1) if count > 1 else 0.5
         build = planted(_TASK, hay, [(depth, text) for text in hidden], [question], range(len(hidden)))
         found.append(source.largest(build, length, "needle"))
     return found

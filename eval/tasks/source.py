@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,23 @@ def random_of(seed: int, task: str, length: int, index: int) -> np.random.Genera
 
 def spread(index: int, count: int) -> float:
     """The depth of one of `count` samples: depths cover [0, 1] evenly, each in the middle of its part."""
-    return (index + 0.5) / count
+    return (part(index, count) + 0.5) / count
+
+
+def part(index: int, count: int) -> int:
+    """Which of `count` parts of the text is a sample's, each one's of its own.
+
+    The order is van der Corput's, so that samples which a run got to before it was stopped lie all over the text.
+    """
+    return _order(count)[index]
+
+
+@cache
+def _order(count: int) -> tuple[int, ...]:
+    """The numbers below `count`, by their bits from the last to the first."""
+    bits = (count - 1).bit_length()
+    order = (int(format(each, f"0{bits}b")[::-1], 2) for each in range(1 << bits))
+    return tuple(each for each in order if each < count)
 
 
 def one(context: str, question: Question, **more: Any) -> Sample:

@@ -53,7 +53,7 @@ def kernels(
         kvx bench kernels --check --implementation triton
     """
     from kvx.errors import BadInput, unknown
-    from kvx.eval.kernel_bench.calls import calls
+    from kvx.eval.bench_kernels.calls import calls
     from kvx.kernels.arg_spec import CHIPS
 
     if shapes not in SHAPES:
@@ -81,9 +81,9 @@ def _default_implementations(given: tuple[str, ...]) -> tuple[str, ...]:
 def _ahead_of_time(chosen, chips: tuple[str, ...], out: Path | None, json: bool) -> None:
     from dataclasses import asdict
 
-    from kvx.eval.kernel_bench import tables
-    from kvx.eval.kernel_bench.ahead_of_time import compile_calls
-    from kvx.eval.kernel_bench.calls import implementations
+    from kvx.eval.bench_kernels import tables
+    from kvx.eval.bench_kernels.ahead_of_time import compile_calls
+    from kvx.eval.bench_kernels.calls import implementations
     from kvx.progress import Steps
 
     chosen = [call for call in chosen if "mosaic_tpu" in implementations(call.operation)]
@@ -101,8 +101,8 @@ def _ahead_of_time(chosen, chips: tuple[str, ...], out: Path | None, json: bool)
 def _checked(chosen, given: tuple[str, ...], out: Path | None, json: bool) -> None:
     from dataclasses import asdict
 
-    from kvx.eval.kernel_bench import tables
-    from kvx.eval.kernel_bench.numerics import check
+    from kvx.eval.bench_kernels import tables
+    from kvx.eval.bench_kernels.numerics import check
 
     found = []
     for each in check(chosen, _default_implementations(given)):
@@ -116,9 +116,9 @@ def _checked(chosen, given: tuple[str, ...], out: Path | None, json: bool) -> No
 def _timed(chosen, given: tuple[str, ...], tune: bool, peers: bool, out: Path | None, json: bool) -> None:
     import jax
 
-    from kvx.eval.kernel_bench import tables
-    from kvx.eval.kernel_bench.measure import device_name, measure
-    from kvx.eval.kernel_bench.timing import copy_bandwidth
+    from kvx.eval.bench_kernels import tables
+    from kvx.eval.bench_kernels.measure import device_name, measure
+    from kvx.eval.bench_kernels.timing import copy_bandwidth
     from kvx.progress import Steps
 
     bandwidth = copy_bandwidth(2**30 if jax.default_backend() != "cpu" else 2**28)

@@ -16,7 +16,11 @@ PROGRAM = "import json; from kvx.eval.provenance import provenance; print(json.d
     ("module", "argv", "command"),
     [
         (None, ["/usr/bin/kvx", "compare", "a b"], "kvx compare 'a b'"),
-        ("kvx.eval.peer_bench.__main__", ["/somewhere/__main__.py", "--json"], "python -m kvx.eval.peer_bench --json"),
+        (
+            "kvx.eval.bench_peers.__main__",
+            ["/somewhere/__main__.py", "--json"],
+            "python -m kvx.eval.bench_peers --json",
+        ),
         (None, [""], "python"),
     ],
 )

@@ -244,8 +244,8 @@ def test_triton_lowers_for_cuda(spec):
 
 
 COMPILE = """
-from kvx.eval.kernel_bench.ahead_of_time import compile_calls
-from kvx.eval.kernel_bench.calls import calls
+from kvx.eval.bench_kernels.ahead_of_time import compile_calls
+from kvx.eval.bench_kernels.calls import calls
 for found in compile_calls(list(calls("CI", ("decode_attention",)))):
     print("good" if found.good else f"bad {found}")
 """

@@ -139,8 +139,8 @@ def test_channels_that_fill_no_words_and_nested_codes_are_refused():
 @pytest.mark.aot
 @pytest.mark.parametrize("spec", CI, ids=name)
 def test_the_tpu_compiler_takes_it_without_copies(spec):
-    from kvx.eval.kernel_bench.ahead_of_time import compile_calls
-    from kvx.eval.kernel_bench.calls import Call
+    from kvx.eval.bench_kernels.ahead_of_time import compile_calls
+    from kvx.eval.bench_kernels.calls import Call
 
     for compiled in compile_calls([Call("quantize_pack", getattr(package, spec.function), spec)]):
         assert compiled.good, compiled

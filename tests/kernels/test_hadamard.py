@@ -107,8 +107,8 @@ def test_what_cannot_run_is_refused_with_a_sentence(shape, options, sentence):
 @pytest.mark.aot
 @pytest.mark.parametrize("spec", CI, ids=str)
 def test_the_tpu_compiler_takes_it_without_copies(spec):
-    from kvx.eval.kernel_bench.ahead_of_time import compile_calls
-    from kvx.eval.kernel_bench.calls import Call
+    from kvx.eval.bench_kernels.ahead_of_time import compile_calls
+    from kvx.eval.bench_kernels.calls import Call
 
     for compiled in compile_calls([Call("hadamard", hadamard, spec)]):
         assert compiled.good, compiled

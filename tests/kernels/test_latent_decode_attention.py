@@ -191,8 +191,8 @@ def test_an_old_jax_is_refused_by_name():
 @pytest.mark.aot
 @pytest.mark.parametrize("spec", CI, ids=str)
 def test_the_tpu_compiler_takes_it_without_a_temporary_of_the_caches_size(spec):
-    from kvx.eval.kernel_bench.ahead_of_time import compile_calls
-    from kvx.eval.kernel_bench.calls import Call
+    from kvx.eval.bench_kernels.ahead_of_time import compile_calls
+    from kvx.eval.bench_kernels.calls import Call
 
     call = Call("latent_decode_attention", latent_decode_attention, spec)
     for compiled in compile_calls([call]):

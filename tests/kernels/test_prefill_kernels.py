@@ -172,8 +172,8 @@ def abstract_gpu():
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("spec", CI, ids=str)
 def test_mosaic_tpu_compiles_without_copies(spec, chip):
-    from kvx.eval.kernel_bench.ahead_of_time import compile_calls
-    from kvx.eval.kernel_bench.calls import Call
+    from kvx.eval.bench_kernels.ahead_of_time import compile_calls
+    from kvx.eval.bench_kernels.calls import Call
 
     (compiled,) = compile_calls([Call("prefill_attention", prefill_attention, spec)], [chip])
     assert compiled.good, compiled

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from kvx.eval.kernel_bench.ahead_of_time import compile_calls
-from kvx.eval.kernel_bench.calls import Call
-from kvx.eval.kernel_bench.numerics import error
+from kvx.eval.bench_kernels.ahead_of_time import compile_calls
+from kvx.eval.bench_kernels.calls import Call
+from kvx.eval.bench_kernels.numerics import error
 from kvx.kernels.decode_attention import decode_attention
 from kvx.kernels.sparse_decode_attention import sparse_decode_attention, triton
 from kvx.kernels.sparse_decode_attention.arg_specs import AOT, CI, NUMERIC, sparse

@@ -33,7 +33,7 @@ def test_prompts_fill_their_length_and_hold_an_intact_needle(source, length):
 
 def test_depths_cover_the_text_evenly_and_are_met_within_a_sentence(source):
     found = passkey(source, 4096, 8, 3)
-    for index, sample in enumerate(found):
+    for index, sample in enumerate(sorted(found, key=lambda each: each.depth)):
         assert sample.depth == pytest.approx((index + 0.5) / 8, abs=0.1)
         assert sample.evidence[0][0] / len(sample.context) == pytest.approx(sample.depth, abs=0.05)
 

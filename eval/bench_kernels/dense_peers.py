@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvx.eval.kernel_bench.timing import RUN, RUNS, seconds_per_call
+from kvx.eval.bench_kernels.timing import RUN, RUNS, seconds_per_call
 
 
 def peer_times(problem: Mapping[str, int | bool]) -> Iterator[tuple[str, float | None, str | None]]:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from kvx.errors import BadInput
-from kvx.eval.kernel_bench import tables
-from kvx.eval.kernel_bench.ahead_of_time import SMALL, Compiled, _moves
-from kvx.eval.kernel_bench.calls import Call, calls, operations
-from kvx.eval.kernel_bench.measure import measure
-from kvx.eval.kernel_bench.numerics import check, error
+from kvx.eval.bench_kernels import tables
+from kvx.eval.bench_kernels.ahead_of_time import SMALL, Compiled, _moves
+from kvx.eval.bench_kernels.calls import Call, calls, operations
+from kvx.eval.bench_kernels.measure import measure
+from kvx.eval.bench_kernels.numerics import check, error
 from kvx.kernels.arg_spec import ArgSpec
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvx.eval.kernel_bench.calls import Call, implementations
+from kvx.eval.bench_kernels.calls import Call, implementations
 
 
 @dataclass(frozen=True)

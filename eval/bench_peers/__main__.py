@@ -1,4 +1,4 @@
-"""kvx against transformers with kvpress: decoding, prefill, peak memory (`python -m kvx.eval.peer_bench`).
+"""kvx against transformers with kvpress: decoding, prefill, peak memory (`python -m kvx.eval.bench_peers`).
 
 One process holds both sides and alternates between them; figures are medians, judged as ratios. What else the machine
 does is measured, and a row that others disturbed gets no ratio. Peak memory is measured in a process for each side.
@@ -35,7 +35,7 @@ PREFILL = {"prefill, snapkv": ("snapkv", 0.8), "prefill, h2o": ("h2o", 2.5)}
 
 def main() -> None:
     """Parse the command line, measure, print, and write JSON if asked."""
-    parser = argparse.ArgumentParser(prog="python -m kvx.eval.peer_bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kvx.eval.bench_peers", description=__doc__)
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each side and row")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
     parser.add_argument("--json", type=Path, help="write the results here too")
@@ -54,8 +54,8 @@ def measure(runs: int, threads: int, only: str | None = None) -> dict[str, Any]:
     """Every row of the comparison, and the circumstances; times in milliseconds, sizes in bytes."""
     import numpy as np
 
-    from kvx.eval.peer_bench.kvx_side import KvxSide
-    from kvx.eval.peer_bench.peer_side import PeerSide
+    from kvx.eval.bench_peers.kvx_side import KvxSide
+    from kvx.eval.bench_peers.peer_side import PeerSide
     from kvx.models.load import load, save
 
     load_before = os.getloadavg()[0]

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from kvx.eval.kernel_bench.calls import Call, candidates, implementations
-from kvx.eval.kernel_bench.dense_peers import peer_times
-from kvx.eval.kernel_bench.timing import seconds_per_call, turns
+from kvx.eval.bench_kernels.calls import Call, candidates, implementations
+from kvx.eval.bench_kernels.dense_peers import peer_times
+from kvx.eval.bench_kernels.timing import seconds_per_call, turns
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvx
-from kvx.eval.peer_bench.peer_side import WINDOW, whole_job
+from kvx.eval.bench_peers.peer_side import WINDOW, whole_job
 from kvx.models.load import load
 
 
 class KvxSide:
-    """kvx's prefill and compiled generation loop; the same calls as `kvx.eval.peer_bench.peer_side.PeerSide`.
+    """kvx's prefill and compiled generation loop; the same calls as `kvx.eval.bench_peers.peer_side.PeerSide`.
 
     Args:
         path: a directory that `kvx.load` reads.

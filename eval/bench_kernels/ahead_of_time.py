@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from kvx.eval.kernel_bench.calls import Call
+from kvx.eval.bench_kernels.calls import Call
 from kvx.kernels.arg_spec import CHIP_BYTES, CHIPS
 from kvx.kernels.implementations import compiling_for
 

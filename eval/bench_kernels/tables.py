@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from kvx.eval.kernel_bench.ahead_of_time import Compiled
-from kvx.eval.kernel_bench.measure import Row
-from kvx.eval.kernel_bench.numerics import Checked
+from kvx.eval.bench_kernels.ahead_of_time import Compiled
+from kvx.eval.bench_kernels.measure import Row
+from kvx.eval.bench_kernels.numerics import Checked
 
 
 def timed(rows: Iterable[Row]) -> str:

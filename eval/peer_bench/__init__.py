@@ -1,1 +1,0 @@
-"""kvx against transformers with kvpress, side by side in one run: `python -m kvx.eval.peer_bench`."""
