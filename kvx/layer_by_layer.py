@@ -27,7 +27,8 @@ def layer_by_layer(on: bool = True) -> Iterator[None]:
             result = kvx.generate(model, tokens, policy=policy, max_new_tokens=8)
 
     The results are the same up to rounding. On two CPU cores a policy's first answer from SmolLM2-135M comes 5 to 17
-    seconds earlier, and a step takes about a fifth longer. Holds for this thread (or task) alone, and not under a caller's jit.
+    seconds earlier, and a step takes about a fifth longer. Holds for this thread (or task) alone, and not under a
+    caller's jit.
 
     Args:
         on: False: whole steps, as outside.
