@@ -89,6 +89,7 @@ def likelihood(model, text: str, more: str) -> float:
     return float(sum(scores[at - 1, ids[at]] for at in range(start, len(ids))))
 
 
+@pytest.mark.slow
 def test_the_likeliest_choice_is_chosen(model):
     choices = ("the mill", "a boat", "Z", "nobody at all")
     asked = Question("\nWhere?\n", ("the mill",), "To ", kind="choose", choices=choices)

@@ -95,6 +95,7 @@ def test_a_policy_given_twice_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_comparison_is_an_evaluation_and_another_one_replaces_it(tmp_path):
     tiny = replace(SMALL, passkey=((320, 2),))
     console = Console(file=io.StringIO())

@@ -26,6 +26,7 @@ def live_bytes() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("text", POLICIES)
 def test_nbytes_is_the_growth_of_live_arrays_over_generate(text):
     model, (tokens, lengths) = tiny.model(num_hidden_layers=4), tiny.prompts(150, 90)

@@ -23,6 +23,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", POLICIES)
 def test_tokens_and_cache_are_those_of_one_program(name):
     model, policy = tiny.model(num_hidden_layers=3), POLICIES[name]()

@@ -42,6 +42,7 @@ def gradients(made, batch):
     return jax.jit(step.gradients)(state.trained, frozen, teacher, step.place_batch(batch))
 
 
+@pytest.mark.slow
 def test_a_mesh_has_the_loss_curve_of_one_device_for_a_while():
     """Float32 sums in another order: 1e-7 a step, which Adam's early steps may raise a hundredfold."""
     section = stage(steps=12, loss=LossSection(ce=1.0, kl=0.0, chunk=64))

@@ -12,6 +12,7 @@ from tests import tiny
 TEXT = np.arange(500) % 97
 
 
+@pytest.mark.slow
 def test_costs_of_two_policies_at_two_batches():
     model = tiny.model(num_hidden_layers=2)
     window = kvx.parse_policy("streaming_llm(budget=32)")

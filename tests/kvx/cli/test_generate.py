@@ -73,6 +73,7 @@ def test_standard_input_is_read(loaded, capsys, monkeypatch):
     assert capsys.readouterr().out == expected("Hello there", max_new_tokens=4) + "\n"
 
 
+@pytest.mark.slow
 def test_speculation_prints_the_text_of_the_same_policy_and_its_acceptance(loaded, capsys):
     arguments = ("Hello there", "--no-chat", "--max-new-tokens", "12", "--policy", "quantspec", "--speculate", "3")
     run(*arguments)

@@ -127,7 +127,7 @@ def climbed(policy, rows):
         )
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_cuts_are_nested_and_every_arrival_holds_the_total_exactly(seed):
     layers, length, budget = 6, 50, 11
@@ -179,6 +179,7 @@ def test_a_prompt_within_the_budget_is_left_whole_and_fills_up_while_decoding():
     assert np.stack(counts)[:, 0].mean() == 20
 
 
+@pytest.mark.slow
 def test_bytes_are_one_pool_of_the_budget_and_a_spare_slot_a_layer():
     layers, heads, width, rows, budget = 4, CONFIG["num_key_value_heads"], CONFIG["head_dim"], 3, 24
     prompt, lengths = prompts(100, 60, 25)

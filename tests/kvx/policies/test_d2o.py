@@ -141,7 +141,7 @@ def test_concentration_is_the_normalised_variance_of_column_mass():
     np.testing.assert_allclose(found, [concentration(column)], rtol=1e-4)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("recent", [0.5, 0.9, 10])
 def test_every_layer_holds_exactly_its_slots_and_sees_every_fresh_token(recent):
     """Also where a layer gets fewer slots than the average layer's sinks and recent tokens."""

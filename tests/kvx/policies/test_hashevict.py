@@ -57,6 +57,7 @@ class HashEvict(Simulation):
             alive[head, free[int(np.argmax(distance))]] = False
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("budget", "other"),
     [

@@ -125,6 +125,7 @@ def test_kept_sets_and_logits_equal_the_parallel_form(host):
     assert np.abs(np.asarray(without - logits)).max() > 0.05, "the state matters here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", ["query_out", "key_scale"])
 def test_maps_of_zero_are_the_sparse_policy(zero):
     """phi = 0 or psi = 0, with sums over a group, which order as H2O's means do."""
@@ -169,7 +170,7 @@ class Trusting(Absorb):
 jax.tree_util.register_dataclass(Trusting)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["h2o", "lambda"])
 def test_exact_maps_are_the_full_cache(host):
     """As many features as tokens: every logit of the full cache, whatever was evicted at prefill and while decoding."""
@@ -233,6 +234,7 @@ class Counting(FeatureMaps):
         return jnp.zeros((*queries.shape[:4], 1))
 
 
+@pytest.mark.slow
 def test_every_token_is_kept_or_absorbed_once():
     """Counts over kept and absorbed add up to the text, in every head, for ragged rows and one that has ended."""
     tokens, lengths = prompts(40, 9, 23)
@@ -290,6 +292,7 @@ def test_logits_are_differentiable_in_the_maps_through_prefill_and_decoding():
         assert found == pytest.approx(norm, rel=0.05, abs=3e-3)
 
 
+@pytest.mark.slow
 def test_a_packed_cache_hands_over_whole_groups():
     """Under KIVI eight tokens leave together; all of them arrive in the state."""
     prompt, _ = prompts(40)

@@ -39,6 +39,7 @@ def test_what_fits_the_buffer_is_exact():
     assert (np.asarray(cache.layers[0].slots)[0] >= 0).sum(-1).tolist() == [128, 128], "though a block is coded"
 
 
+@pytest.mark.slow
 def test_both_nibbles_are_as_good_as_eight_bits_and_the_upper_ones_as_four():
     exact, _ = forced_logits(full())
     rms = lambda *arguments: np.sqrt(np.mean((forced_logits(*arguments)[0] - exact) ** 2))  # noqa: E731

@@ -68,6 +68,7 @@ def chunks_of(positions: np.ndarray) -> set[int]:
     return {int(position) // 4 for position in positions if position >= 0}
 
 
+@pytest.mark.slow
 def test_outliers_local_tokens_and_chosen_chunks_are_disjoint_and_every_position_is_there_once():
     length = 4 * 13 + 3
     store = packed(length, budget=16)
@@ -89,6 +90,7 @@ def _chunked(some, count: int):
     return keys, jnp.mean(keys, axis=3)
 
 
+@pytest.mark.slow
 def test_chunks_of_identical_keys_are_never_outliers_before_others():
     """Keys at rest (frequencies aside, position 0 for all): chunk 2 of equal keys stays in the table."""
     keys = np.random.default_rng(3).normal(size=(1, 40, 8))
@@ -101,6 +103,7 @@ def test_chunks_of_identical_keys_are_never_outliers_before_others():
     assert 2 in np.asarray(store.chunks)[0, 0].tolist() and store.chunks.shape == (1, 1, 3)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_its_exact_parts_and_budget_hold_is_a_dense_store():
     assert isinstance(packed(4 * 5 + 3 + 16, budget=16), Dense)
     assert isinstance(packed(4 * 6 + 16, budget=16), Shadow)
@@ -201,7 +204,7 @@ def test_a_whole_run_equals_the_oracle(model, length):
         np.testing.assert_allclose(np.asarray(logits)[row], wanted, atol=5e-4)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [8, 64])
 def test_what_stays_between_steps_changes_no_choice_and_only_what_is_missing_is_fetched(model, budget):
     """64 tokens are more chunks than one turn of the loop brings."""

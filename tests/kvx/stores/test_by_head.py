@@ -90,6 +90,7 @@ def test_stores_with_all_tokens_are_one_dense_store():
     np.testing.assert_allclose(store.read(asked).out, whole.read(asked).out, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stores_of_any_kind_and_statistics_that_only_some_keep():
     whole, rest = (some_tokens([[0, 1, 2, 3]], stats=True).heads(heads) for heads in SPLIT.members)
     first = replace(rest, stats={})

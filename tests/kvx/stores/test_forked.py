@@ -100,6 +100,7 @@ def test_a_sliding_window_ends_at_another_place_of_the_prefix_for_every_row(wind
     np.testing.assert_allclose(read(store, asked).out, read(whole, asked).out, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_an_empty_prefix_and_an_empty_suffix_are_identities():
     suffix = tokens([[0, 1]] * 4, seed=3)
     forked = append(paged(following([0, 0], [0, 0], seed=0)).fork(2), suffix)

@@ -99,6 +99,7 @@ def test_read_and_probabilities_equal_one_attention_over_the_dense_contents():
     np.testing.assert_allclose(chances(store, ASKED, part.lse), probabilities, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_read_of_many_turns_is_one_softmax():
     """300 tokens at 4 a page are more than a turn of the loop takes; the rows end in different turns."""
     long = tokens([list(range(300)), [*range(40), *[-1] * 260]])

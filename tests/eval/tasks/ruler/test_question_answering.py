@@ -68,7 +68,7 @@ def test_the_ith_sample_asks_the_ith_question_whatever_the_seed_and_the_count(tm
 
 
 def test_answers_lie_at_depths_that_cover_the_documents(tmp_path):
-    samples = make("ruler/qa_1", squad(tmp_path), 4096, count=10)
+    samples = sorted(make("ruler/qa_1", squad(tmp_path), 4096, count=10), key=lambda sample: sample.depth)
     depths = [sample.depth for sample in samples]
     count = len(documents(samples[0])) - 1
     np.testing.assert_allclose(depths, [(index + 0.5) / 10 for index in range(10)], atol=1 / count)
