@@ -1,13 +1,12 @@
 """The main job, a preset of `kvx.eval.run`: many policies over passkey retrieval and held-out prose, with their speed.
 
 Answers and forced text are decoded layer by layer, since they are short and every policy would compile a decode step
-for each of its cache's shapes. Speed is measured apart, of whole steps, one row at a time.
+for each of its cache's shapes. Speed is measured apart, one row at a time, layer by layer too.
 """
 
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from kvx.errors import BadInput
 from kvx.eval.cost import lap
 from kvx.eval.job import FULL, EvalJob, FidelitySection, TaskSection
 from kvx.eval.loading import Loaded
-from kvx.eval.perplexity import WORKERS
 from kvx.eval.provenance import provenance
 from kvx.eval.readying import ready
 from kvx.eval.records import RECORDS, Record, read
@@ -41,7 +39,7 @@ DEFAULTS = (
     "quest(budget=256)",
     "snapkv(budget=256)+kivi(bits=4)",
 )
-STEPS = 24
+STEPS = 16
 """Decode steps that are timed together."""
 
 
@@ -63,7 +61,7 @@ class Workload:
     prompt: int = 512
     forced: int = 128
     calibration: tuple[int, int] = (4, 1024)
-    timed_length: int = 1024
+    timed_length: int = 512
 
     @classmethod
     def long(cls) -> "Workload":
@@ -152,13 +150,10 @@ def compare_policies(
         folder = run(job, console=console, loaded=loaded, policies=chosen, text=prose, anew=True)
     rows = policy_results(chosen, read(folder / RECORDS, Record), workload.longest)
     prompt = documents(tokenizer, prose.held_out, 1, workload.timed_length)
-    with watch.phase("compile steps"), Steps(len(chosen), console) as step, ThreadPoolExecutor(WORKERS) as pool:
-        laps = pool.map(lambda policy: lap(decoder, prompt, policy, STEPS), chosen)
-        for policy, _ in zip(chosen, laps, strict=True):
-            step(f"compile the decode step: {policy.text}")
-    with watch.phase("times"), Steps(len(chosen), console) as step:
+    with watch.phase("times"), Steps(len(chosen), console) as step, kvx.layer_by_layer():
         for policy, row in zip(chosen, rows, strict=True):
             step(f"time: {policy.text}")
+            lap(decoder, prompt, policy, steps=1)  # compiles
             timed = lap(decoder, prompt, policy, STEPS)
             row.prefill_seconds, row.tokens_per_second = timed.prefill_seconds, 1 / timed.step_seconds
     return Results(

@@ -36,7 +36,7 @@ class PolicyResult:
         perplexity_share_of_bf16: bytes of the cache in that workload, as a share of a bfloat16 full cache's.
         agnostic, aware: share of passkeys found, with the question after or before compression.
         prefill_seconds: one prompt of the timed length, compilation excluded.
-        tokens_per_second: decoding one row after such a prompt, compilation excluded.
+        tokens_per_second: decoding one row after such a prompt, layer by layer, compilation excluded.
         answers: every passkey prompt's outcome.
     """
 
@@ -130,7 +130,7 @@ def print_results(results: Results, as_json: bool = False, timings: bool = False
         f"Bytes: one prompt of {longest} tokens and room for its answer. Perplexity: {results.workload['documents']} "
         f"documents, {results.workload['prompt']} tokens prefilled, {results.workload['forced']} forced through the "
         f"decode path ('there': cache bytes in that workload, of bf16). Passkey: question after / before compression. "
-        f"Prefill of {timed} tokens and decoding after them: one row, compilation excluded.",
+        f"Prefill of {timed} tokens and decoding after them, layer by layer: one row, compilation excluded.",
         highlight=False,
     )
     if timings:

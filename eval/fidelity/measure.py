@@ -93,8 +93,8 @@ def fidelity(
                     scores, gaps, cache = _forced(model, tokens, wanted, caches[index], every[index], caches[0])
                 return _compared(reference, scores, after, gaps), cache
 
-            # Two at a time, since one compiles on one core while the other walks.
-            with ThreadPoolExecutor(1 if placement_of(model) else WORKERS) as pool:
+            # The first stretch compiles: two at a time, since one compiles on one core while the other walks.
+            with ThreadPoolExecutor(1 if start or placement_of(model) else WORKERS) as pool:
                 for index, (walk, cache) in enumerate(pool.map(one, range(1, len(every))), 1):
                     steps(f"steps {start + 1} to {start + tokens.shape[1]}: {every[index].text}")
                     walks[index].append(walk)

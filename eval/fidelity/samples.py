@@ -18,7 +18,7 @@ from kvx.prose import documents as documents_of
 
 TASK = "fidelity"
 
-TOGETHER = 8
+TOGETHER = 12
 """Policies whose caches exist at a time, beside the full one; each such group runs the full cache once more."""
 
 
