@@ -19,7 +19,6 @@ from kvx.eval.prompts import Frame
 from kvx.eval.recording import recorded
 from kvx.eval.records import Cell, Record
 from kvx.eval.search.candidates import Candidates
-from kvx.eval.search.halving import spread
 from kvx.eval.search.job import SearchJob
 from kvx.eval.search.loop import Bench
 from kvx.eval.search.sizing import Prompts
@@ -46,7 +45,7 @@ def bench_of(job: SearchJob, decoder: Decoder, tokenizer: Any, prose: Prose, rec
 
 
 class TaskBench:
-    """A task's samples, in batches of one shape in the order in which a search spends them."""
+    """A task's samples, in batches of one shape; the first few have their evidence all over the text (`spread`)."""
 
     floor = 0.0
 
@@ -59,9 +58,9 @@ class TaskBench:
         self.cell = Cell(job.model, section.text, job.length, job.mode)
         source = Source(tokenizer, prose, self.frame)
         made = self.task.make(source, job.length, section.samples, job.seed, **section.options)
-        self.samples, self.order = len(made), spread(len(made))
+        self.samples = len(made)
         self.batch = rows_together(candidates.decoder, min(job.batch, len(made)))
-        self.batches = batches(tokenizer, self.frame, [made[index] for index in self.order], self.batch, job.mode)
+        self.batches = batches(tokenizer, self.frame, made, self.batch, job.mode)
         self.bf16_bytes = records[0].bf16_bytes if records else 0
 
     def sizes(self, texts: Sequence[str]) -> Mapping[str, float | BadInput]:
@@ -80,14 +79,15 @@ class TaskBench:
         policies = [self.candidates.policy(text) for text in texts]
         workers = 1 if placement_of(self.candidates.decoder) else WORKERS
         for at, batch in enumerate(self.batches):
-            indices = self.order[at * self.batch : (at + 1) * self.batch]
+            indices = range(self.samples)[at * self.batch : (at + 1) * self.batch]
             rows = [row for row, index in enumerate(indices) if index in samples]
             if not rows:
                 continue
             watch = Stopwatch()
             for policy, answered in answer(
-                self.candidates.decoder, tokenizer, batch, self.mode, policies, workers=workers, watch=watch
-            ):
+                self.candidates.decoder, tokenizer, batch, self.mode, policies,
+                workers=workers, by_layer=True, watch=watch,
+            ):  # fmt: skip
                 if policy.text == FULL:
                     self.bf16_bytes = as_bfloat16(answered.cache) // self.batch
                 prefill, decode = watch.phases["prefill"], answered.decode
@@ -137,8 +137,9 @@ class DocumentBench:
             # Filled up by repetition, so that all batches have one shape.
             rows = np.resize(chosen, self.batch)
             found = fidelity(
-                self.candidates.decoder, self.texts[rows], self.prompt, policies, console=Console(quiet=True)
-            )
+                self.candidates.decoder, self.texts[rows], self.prompt, policies,
+                by_layer=True, console=Console(quiet=True),
+            )  # fmt: skip
             for each in found:
                 yield [
                     fidelity_record(self.cell, index, self.texts[index], each, row) for row, index in enumerate(chosen)

@@ -41,14 +41,3 @@ def promoted(scores: Mapping[str, Sequence[float]], nbytes: Mapping[str, float],
         if len(found) >= rung
     ]
     return [point.name for point in ranked(points, limit)[: math.ceil(SHARE * len(points))]]
-
-
-def spread(count: int) -> list[int]:
-    """The order in which samples are spent, so that any first few of them lie evenly over all.
-
-    Tasks put evidence deeper from sample to sample: the first four of 64 would all lie at the beginning. Indices in the
-    order of their reversed bits (van der Corput 1935).
-    """
-    bits = max(count - 1, 0).bit_length()
-    turned = (int(f"{index:0{bits}b}"[::-1], 2) if bits else 0 for index in range(1 << bits))
-    return [index for index in turned if index < count]

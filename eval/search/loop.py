@@ -14,7 +14,7 @@ import numpy as np
 from kvx.errors import BadInput
 from kvx.eval.job import FULL
 from kvx.eval.records import Record
-from kvx.eval.search.halving import promoted, rungs, spread
+from kvx.eval.search.halving import promoted, rungs
 from kvx.eval.search.proposals import Outcome, excess, propose
 from kvx.eval.search.ranking import Point, frontier
 from kvx.eval.search.space import Choice, Space
@@ -155,7 +155,6 @@ class _Search:
     ):
         self.space, self.bench, self.trials, self.seed, self.save, self.tell = space, bench, trials, seed, save, tell
         self.known = {(each.policy, each.index): each for each in records}
-        self.order = spread(bench.samples)
         self.points: dict[str, Choice] = {}
         self.found = Found(limit, rungs(bench.batch, bench.samples), bench.floor)
 
@@ -275,7 +274,7 @@ class _Search:
     def _measure(self, texts: list[str], rung: int) -> None:
         """Bring some policies up to a rung, and the full cache with them; what there are records of is not run."""
         counts = (0, *self.found.counts)
-        samples = self.order[counts[rung] : counts[rung + 1]]
+        samples = range(counts[rung], counts[rung + 1])
         texts = list(dict.fromkeys([FULL, *texts]))
         todo: dict[tuple[int, ...], list[str]] = {}
         for text in texts:
@@ -288,6 +287,6 @@ class _Search:
         # Not all that is known: an earlier run may have come further, and decisions must be those it took.
         for text in texts:
             spent = max(counts[rung + 1], len(self.found.scores.get(text, ())))
-            records = [self.known[text, index] for index in self.order[:spent]]
+            records = [self.known[text, index] for index in range(spent)]
             self.found.scores[text] = [self.bench.quality(record) for record in records]
             self.found.sized[text] = max(self.bench.nbytes(record) for record in records)
