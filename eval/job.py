@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import kvx
 from kvx.errors import BadInput
+from kvx.eval.conditions import Conditions
 from kvx.eval.tasks.registry import find
 from kvx.eval.tasks.sample import Mode
 from kvx.section import Count, Range, Section, Whole
@@ -81,8 +82,8 @@ class CostSection(Section):
 
 
 @dataclass(frozen=True)
-class EvalJob(Section):
-    """An evaluation.
+class EvalJob(Conditions):
+    """An evaluation, under `Conditions`.
 
     Attributes:
         name: of the job, and of its results folder.
@@ -93,13 +94,6 @@ class EvalJob(Section):
         tasks: what is asked.
         fidelity: divergence from the full cache.
         cost: time and memory.
-        seed: of samples and calibration.
-        batch: samples at a time; on several devices a multiple of their number is run.
-        chat: write prompts in the model's chat template.
-        dtype: of weights and cache; None: float32 on a CPU, bfloat16 on accelerators.
-        text: a folder of .txt or .md files for haystacks, calibration and held-out documents; None: Python's
-            documentation.
-        calibration: texts and their length in tokens, for policies that learn.
         together: policies that share one pass over a prompt at most, since all their caches exist at once; None: all.
         by_layer: compile single layers instead of whole decode steps (`kvx.layer_by_layer`): what a grid of many
             policies and short answers wants; false where answers are long. Costs are always those of whole steps.
@@ -113,12 +107,6 @@ class EvalJob(Section):
     tasks: tuple[TaskSection, ...] = ()
     fidelity: FidelitySection = FidelitySection()
     cost: CostSection = CostSection()
-    seed: Whole = 0
-    batch: Count = 4
-    chat: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    text: str | None = None
-    calibration: tuple[Count, Count] = (4, 1024)
     together: Annotated[int, Range(1)] | None = None
     by_layer: bool = True
     output: str | None = None

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from kvx.errors import BadInput
+from kvx.eval.conditions import Conditions
 from kvx.eval.job import FULL, EvalJob, FidelitySection, TaskSection
 from kvx.eval.summary import FIDELITY
 from kvx.eval.tasks.sample import Mode
-from kvx.section import Count, Positive, Section, Whole
+from kvx.section import Count, Positive
 
 
 @dataclass(frozen=True)
-class SearchJob(Section):
-    """A search for the policies that keep quality in the fewest bytes.
+class SearchJob(Conditions):
+    """A search for the policies that keep quality in the fewest bytes, under `Conditions`.
 
     Attributes:
         max_bytes_per_token: bytes that a prompt's cache may take, all layers and room for the answer included, divided
@@ -28,9 +29,6 @@ class SearchJob(Section):
         trials: policies within the limit that are run.
         only: methods of the registry that are searched; none: all.
         without: methods that are not.
-        seed: of samples, calibration and proposals.
-        batch: samples at a time.
-        chat, dtype, text, calibration: as of `kvx eval`.
         output: the results folder; None: results/search/TASK. Searches that differ in nothing but their limit, their
             trials and what is searched may share it, and what was run is not run again.
     """
@@ -46,12 +44,6 @@ class SearchJob(Section):
     trials: Count = 64
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    seed: Whole = 0
-    batch: Count = 4
-    chat: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    text: str | None = None
-    calibration: tuple[Count, Count] = (4, 1024)
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,13 +76,8 @@ class SearchJob(Section):
             fidelity=FidelitySection(self.samples, self.length, self.forced)
             if self.on_documents
             else FidelitySection(),
-            seed=self.seed,
-            batch=self.batch,
-            chat=self.chat,
-            dtype=self.dtype,
-            text=self.text,
-            calibration=self.calibration,
             output=self.folder,
+            **self.conditions,
         )
 
     def _task(self) -> TaskSection:
