@@ -39,6 +39,7 @@ class Batch:
         contexts: ids of each row's context.
         questions: ids of each row's questions, each with the opening of its answer.
         turns: ids of each row's right answer to a question followed by the next question.
+        places: first and one past the last token of each piece of each row's evidence.
         width: tokens that prompts are padded to.
         room: tokens that a cache must take beyond its prompt.
     """
@@ -47,6 +48,7 @@ class Batch:
     contexts: list[list[int]]
     questions: list[list[list[int]]]
     turns: list[list[list[int]]]
+    places: list[list[tuple[int, int]]]
     width: int
     room: int
 
@@ -80,6 +82,7 @@ def batches(tokenizer: Any, frame: Frame, samples: Sequence[Sample], size: int, 
         [frame.turn(tokenizer, sample, index) for index in range(len(sample.questions) - 1)] if mode == "turns" else []
         for sample in samples
     ]
+    places = [frame.places(tokenizer, sample) for sample in samples]
     aware = mode != "agnostic"
     longest = max(
         len(context) + (max(map(len, asked)) if aware else 0)
@@ -100,6 +103,7 @@ def batches(tokenizer: Any, frame: Frame, samples: Sequence[Sample], size: int, 
                 [contexts[row] for row in rows],
                 [questions[row] for row in rows],
                 [turns[row] for row in rows],
+                [places[row] for row in rows],
                 round_up(longest, PIECE),
                 round_up(room, PIECE),
             )

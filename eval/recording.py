@@ -2,14 +2,12 @@
 
 import hashlib
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
 import kvx
 from kvx.eval.answering import Answered, Batch
 from kvx.eval.kept import evidence_kept
-from kvx.eval.prompts import Frame
 from kvx.eval.records import Cell, Record
 from kvx.eval.tasks.registry import Task
 
@@ -23,8 +21,6 @@ def recorded(
     row: int,
     answered: Answered,
     *,
-    tokenizer: Any,
-    frame: Frame,
     bf16_bytes: int,
     seconds: dict[str, float],
     compiled: bool,
@@ -58,7 +54,7 @@ def recorded(
         bf16_bytes=bf16_bytes,
         bytes_read=answered.cache.bytes_read() // rows,
         policy_bytes=policy.nbytes,
-        retention=evidence_kept(answered.cache, row, frame.places(tokenizer, sample)),
+        retention=evidence_kept(answered.cache, row, batch.places[row]),
         seconds=seconds,
         compiled=compiled,
     )

@@ -177,8 +177,7 @@ class _Study:
             new = [
                 recorded(
                     unit.task, cell, unit.first + row, policy, unit.batch, row, answered,
-                    tokenizer=self.tokenizer, frame=self.frame, bf16_bytes=self.bf16[cell],
-                    seconds=seconds, compiled=compiled,
+                    bf16_bytes=self.bf16[cell], seconds=seconds, compiled=compiled,
                 )
                 for row in range(unit.count)
             ]  # fmt: skip

@@ -94,7 +94,7 @@ class TaskBench:
                 yield [
                     recorded(
                         self.task, self.cell, indices[row], policy, batch, row, answered,
-                        tokenizer=tokenizer, frame=self.frame, bf16_bytes=self.bf16_bytes,
+                        bf16_bytes=self.bf16_bytes,
                         seconds={"prefill": prefill["wall"], "decode": decode, "step": decode / answered.steps},
                         compiled=answered.compiled or prefill["compile"] > 0,
                     )

@@ -28,7 +28,7 @@ def test_a_record_is_its_rows_answer_score_share_of_bytes_and_evidence():
     records = [
         recorded(
             find("passkey"), Cell("tiny", "passkey", 64, "agnostic"), 7 + row, policy, batch, row, answered,
-            tokenizer=Letters(), frame=Frame(), bf16_bytes=100, seconds={"decode": 1.5}, compiled=False,
+            bf16_bytes=100, seconds={"decode": 1.5}, compiled=False,
         )
         for row in range(2)
     ]  # fmt: skip
