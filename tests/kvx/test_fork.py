@@ -34,6 +34,7 @@ POLICIES = (
 """Stores that share, and one of every kind that repeats: slots, counters, pools, codes, values on the host."""
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("text", POLICIES)
 def test_every_copy_goes_on_as_its_row_alone_would(model, text):
     """A forked cache of 2 rows under 6 continuations equals 6 prompts; also under a fork of the fork."""
@@ -95,6 +96,7 @@ def test_a_forked_cache_takes_another_turn(model):
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("text", ["paged", "h2o(budget=32)", "shadowkv(budget=16, rank=8, chunk=4, outliers=2)"])
 def test_the_cache_that_was_forked_stays_usable_and_as_it_was(model, text):
     """Its fork is donated to every step; what both hold is not."""

@@ -136,6 +136,7 @@ def test_values_on_the_host_are_split_there():
         assert layer.keys.sharding.memory_kind == "device"
 
 
+@pytest.mark.slow
 def test_contexts_and_edits_are_placed_like_everything_else():
     """Labels that share positions, a question, and a span replaced, on a mesh and on one device."""
     prompt = kvx.labelled_prompt([[1, 2], [3], [4, 5, 6], []], [[[7] * 20, [8, 9] * 9]] * 4)

@@ -120,6 +120,7 @@ def test_only_selected_tokens_are_packed():
         assert (held[0] == held[1]).all()
 
 
+@pytest.mark.slow
 def test_chunks_pack_what_one_pass_packs():
     policy = kivi(bits=4, **SMALL)
     whole, pieces = run(policy), run(policy, prefill_chunk=32)
