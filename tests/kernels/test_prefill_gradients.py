@@ -166,6 +166,7 @@ def test_derivatives_pass_through_jit_vmap_checkpoint_and_scan():
     np.testing.assert_allclose(batched[1], found, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_of_the_backward_pass_grows_linearly_with_the_prompt():
     def temporaries(length):
         def shape(*dims, dtype=jnp.float32):

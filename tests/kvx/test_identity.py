@@ -9,6 +9,7 @@ from tests.kvx.contract_cases import CASES, parameters
 from tests.kvx.forced_run import LENGTHS, forced, model, run
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", parameters())
 def test_a_budget_that_holds_every_token_is_the_full_cache(name):
     """Also in a batch with a row below its budget and one above: only the second may differ."""

@@ -107,6 +107,7 @@ def test_a_mesh_gives_every_policy_the_tokens_and_positions_of_one_device(text):
     assert len(set(np.asarray(many.tokens).ravel().tolist())) > NEW, "a model that repeats one token proves little"
 
 
+@pytest.mark.slow
 def test_trained_maps_serve_a_mesh_as_they_serve_one_device():
     policy = less_with_maps(16, layers=2)
     assert_same(*(generated(each, policy) for each in (model(), placed())))
@@ -204,6 +205,7 @@ def test_rows_that_the_mesh_does_not_divide_are_held_whole_and_give_the_same_log
     assert spec(cache.layers[0].keys) == PartitionSpec(None, "tensor")
 
 
+@pytest.mark.slow
 def test_a_chunked_prompt_and_a_second_turn_stay_on_the_mesh():
     tokens, lengths = tiny.prompts(40, 33, 25, 17)
     policy, caches = parse_policy(SMALL["h2o"]), []

@@ -93,6 +93,7 @@ def test_a_drafter_with_the_target_law_is_always_accepted():
     assert (np.asarray(exact.acceptance) > 0.97).all()
 
 
+@pytest.mark.slow
 def test_rows_stop_at_their_own_stop_token_wherever_it_stands_in_a_round():
     alone = plain(nested())
     for place in (0, 1, 7, 8, 9, 10, 11, 12):
@@ -218,6 +219,7 @@ def test_decisions_have_random_numbers_of_their_own():
     assert abs(correlation).max() < 0.03
 
 
+@pytest.mark.slow
 def test_seeds_temperatures_and_lengths_share_a_program():
     run(speculate, nested(), sampling=kvx.sampling(temperature=0.8), seed=1, stop=(3,))
     before = _speculate._cache_size()

@@ -199,6 +199,7 @@ def test_punctuation_beyond_the_reserve_pushes_out_the_oldest_generated():
     assert kept_by(cache) == [[newest] * 2] * 4
 
 
+@pytest.mark.slow
 def test_bytes_are_the_slots_that_the_rules_need():
     """In eighths of the worst case, which is a slot a head for every token of the prompt's bucket and the room."""
     heads, width, rows = CONFIG["num_key_value_heads"], CONFIG["head_dim"], 2
@@ -234,6 +235,7 @@ def test_an_ordinary_token_is_seen_in_its_own_step_and_then_gone():
     assert np.abs(outcomes[0] - outcomes[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_inside_a_callers_jit_the_worst_case_is_packed_and_the_same_is_kept():
     prompt, lengths = prompts(100, 70)
     policy = policies.fastgen(0.6)

@@ -110,6 +110,7 @@ def test_below_the_budget_nothing_leaves():
         _, cache = kvx.decode_step(model(), np.asarray([seen]), cache, policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [64, 77])
 def test_a_prompt_cut_after_every_chunk_goes_on_where_it_was(length):
     """A chunk sees what earlier ones left; in the first layer nothing depends on that, so it keeps the same."""

@@ -92,6 +92,7 @@ def test_a_row_of_a_batch_equals_the_row_alone_under_a_selection(name):
             assert differing <= 1e-3 * total
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["h2o", "tova"])
 def test_eviction_at_every_step_runs_endlessly_in_constant_memory(name):
     policy = kvx.chain(SELECTIONS[name], kivi(bits=2, **SMALL))

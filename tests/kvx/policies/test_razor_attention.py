@@ -80,6 +80,7 @@ def test_logits_equal_formula_7_while_the_buffer_grows(heads, compensate, ratio)
         assert max(6, oracle.seen // ratio) > 10, "it did grow"
 
 
+@pytest.mark.slow
 def test_counts_and_means_are_those_of_what_left():
     prompt, _ = prompts(20)
     policy = razor_attention(6, None, sinks=2, heads=HEADS)

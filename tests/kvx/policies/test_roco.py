@@ -147,7 +147,7 @@ class Strides(Simulation):
         return [[np.flatnonzero(head).tolist() for head in held[4]] for held in self.held]
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [64, 77])
 def test_a_prompt_in_strides_equals_the_dense_rule(length):
     """Statistics of what stays, squares too, travel from stride to stride in the tokens."""

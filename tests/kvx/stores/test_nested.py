@@ -124,6 +124,7 @@ def test_rounds_of_drafts_and_verification_read_what_two_buffers_hold(lengths):
     assert narrow.shape == (2, HEADS, GROUP, 1, WIDTH)
 
 
+@pytest.mark.slow
 def test_a_draft_reads_upper_codes_and_the_exact_buffer():
     everything = text(64)
     store = settle(packed(prompt(everything, [50])))

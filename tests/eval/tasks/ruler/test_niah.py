@@ -110,7 +110,7 @@ def test_the_other_needles_lie_anywhere():
 def test_there_are_forty_depths_from_the_first_word_to_the_last():
     assert len(set(DEPTHS)) == 40 and DEPTHS[0] == 0 and DEPTHS[-1] == 1
     assert set(np.diff(np.round(DEPTHS * 100))) == {2, 3}
-    samples = make("niah_single_2", 1024, count=40)
+    samples = sorted(make("niah_single_2", 1024, count=40), key=lambda sample: sample.depth)
     assert samples[0].evidence[0][0] == samples[0].context.index("\n") + 1
     assert samples[-1].evidence[0][1] == len(samples[-1].context)
 
