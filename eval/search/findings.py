@@ -102,7 +102,7 @@ def _policy(text: str, found: Found, rows: Mapping[str, Row]) -> dict[str, Any]:
 def _toml(job: EvalJob) -> str:
     """What differs from the defaults: plain values first, its own before `Conditions`; then sections, then lists."""
     values = table_from(job)
-    own_first = sorted(fields(job), key=lambda each: each.kw_only)
+    own_first = sorted(fields(job), key=lambda each: bool(each.kw_only))
     given = {each.name: values[each.name] for each in own_first if getattr(job, each.name) != each.default}
     lines = [f"{key} = {_value(value)}" for key, value in given.items() if not _is_section(value)]
     for key, value in given.items():
