@@ -21,7 +21,7 @@ from kvx.eval.tasks.source import Source
 from kvx.models.load import load, save
 from kvx.prose import prose
 
-pytestmark = [pytest.mark.peer, pytest.mark.weights, pytest.mark.long]
+pytestmark = [pytest.mark.peer, pytest.mark.weights]
 transformers.utils.logging.disable_progress_bar()
 
 LENGTH, SAMPLES, KEPT = 640, 2, 320
@@ -76,7 +76,7 @@ def test_scores_equal_those_of_the_peer_sample_by_sample(ours, peer, mode):
         (sample,), context, asked = batch.samples, batch.contexts[0], batch.questions[0][0]
         prompt, given = (context, asked) if mode == "agnostic" else (context + asked[:-1], asked[-1:])
         cases = list(_cases(len(prompt)))
-        found = answer(model, tokenizer, batch, mode, [policy for policy, _ in cases])
+        found = answer(model, tokenizer, batch, mode, [policy for policy, _ in cases], by_layer=True)
         for (policy, answered), (_, press) in zip(found, cases, strict=True):
             (question,) = sample.questions
             theirs = tokenizer.decode(_answered(peer, press, prompt, given, question.new_tokens))
