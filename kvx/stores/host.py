@@ -10,10 +10,13 @@ more than the gathered rows cross.
 from typing import ClassVar
 
 import jax
-from jax.experimental.compute_on import compute_on
+from jax.experimental import compute_on as _module
 from jaxtyping import Array, Int, Shaped
 
 from kvx.pytree import pytree
+
+compute_on = getattr(_module, "compute_on2", None) or _module.compute_on
+"""The form that takes a function: `compute_on2` until jax 0.11, `compute_on` since."""
 
 HOST = "pinned_host"
 """The memory kind; CPU, GPU and TPU name it alike."""
@@ -46,15 +49,18 @@ class OnHost:
     def fetch(self, index: Int[Array, "B G N"]) -> Shaped[Array, "B G N V"]:
         """Rows at `index` on the device. Every index must lie in [0, S)."""
         wanted = jax.device_put(index[..., None], jax.memory.Space.Host)
-        with compute_on("device_host"):
-            found = jax.lax.gather(
-                self.rows,
-                wanted,
+
+        @compute_on(compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
+        def gather(rows, index):
+            return jax.lax.gather(
+                rows,
+                index,
                 _ROWS,
-                slice_sizes=(1, 1, 1, self.rows.shape[-1]),
+                slice_sizes=(1, 1, 1, rows.shape[-1]),
                 mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
             )
-        return jax.device_put(found, jax.memory.Space.Device)
+
+        return jax.device_put(gather(self.rows, wanted), jax.memory.Space.Device)
 
     def whole(self) -> Shaped[Array, "B G S V"]:
         """All rows on the device, for reports and tests."""
