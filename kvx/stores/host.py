@@ -50,7 +50,7 @@ class OnHost:
         """Rows at `index` on the device. Every index must lie in [0, S)."""
         wanted = jax.device_put(index[..., None], jax.memory.Space.Host)
 
-        @compute_on(compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
+        @compute_on(compute_type="device_host", out_memory_spaces=jax.memory.Space.Device)
         def gather(rows, index):
             return jax.lax.gather(
                 rows,
@@ -60,7 +60,7 @@ class OnHost:
                 mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
             )
 
-        return jax.device_put(gather(self.rows, wanted), jax.memory.Space.Device)
+        return gather(self.rows, wanted)
 
     def whole(self) -> Shaped[Array, "B G S V"]:
         """All rows on the device, for reports and tests."""
