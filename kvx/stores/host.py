@@ -7,7 +7,7 @@ TPU compiler accepts it only as computation of the host (`compute_on`): the arra
 more than the gathered rows cross.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from jax.experimental import compute_on as _module
@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Shaped
 
 from kvx.pytree import pytree
 
-compute_on = getattr(_module, "compute_on2", None) or _module.compute_on
+compute_on: Any = getattr(_module, "compute_on2", None) or _module.compute_on
 """The form that takes a function: `compute_on2` until jax 0.11, `compute_on` since."""
 
 HOST = "pinned_host"
