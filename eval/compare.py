@@ -91,8 +91,7 @@ class Workload:
 def default_policies() -> list[kvx.Policy]:
     """Ten kinds of method beside the full cache, at 256 slots per KV head where there is a budget.
 
-    As many as two cores compile and run in eight minutes: most of the time goes into compilation, and a cache that
-    grows (a second tier, a pool) compiles anew for every prompt length.
+    No more of them, since each runs every prompt and document: the demo is to be done while one waits.
     """
     return [kvx.parse_policy(text) for text in DEFAULTS]
 

@@ -27,9 +27,9 @@ def layer_by_layer(on: bool = True) -> Iterator[None]:
         with kvx.layer_by_layer():
             result = kvx.generate(model, tokens, policy=policy, max_new_tokens=8)
 
-    The results are the same up to rounding. On two CPU cores a policy's first answer from SmolLM2-135M comes 5 to 17
-    seconds earlier, and a step takes about a fifth longer. Holds for this thread (or task) alone, and not under a
-    caller's jit.
+    The results are the same up to rounding. On two CPU cores a policy's first answer from SmolLM2-135M came 4 to 17
+    seconds earlier, and a step took 14 to 33 % longer (full, h2o, snapkv, kivi). Holds for this thread (or task) alone,
+    and not under a caller's jit.
 
     Args:
         on: False: whole steps, as outside.

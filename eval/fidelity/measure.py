@@ -123,7 +123,6 @@ def _reference(
     model: Decoder, tokens: Int[Array, "B T"], cache: KVCache, *, most: int
 ) -> tuple[Float[Array, "B T N"], tuple[Int[Array, "T B H K"], ...], KVCache]:
     """The full cache's log-probabilities after each token, and the tokens that every layer attended to most."""
-
     everyone, look = jnp.ones((len(tokens), 1), bool), MostAttended(most) if most else None
 
     def advance(cache, token):

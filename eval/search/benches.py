@@ -54,13 +54,13 @@ class TaskBench:
         tokenizer, prose = candidates.tokenizer, candidates.prose
         self.task, self.length, self.candidates = find(section.name), job.length, candidates
         self.mode: Mode = job.mode
-        self.frame = Frame.of(tokenizer, job.chat)
+        frame = Frame.of(tokenizer, job.chat)
         self.cell = Cell(job.model, section.text, job.length, job.mode)
-        source = Source(tokenizer, prose, self.frame)
+        source = Source(tokenizer, prose, frame)
         made = self.task.make(source, job.length, section.samples, job.seed, **section.options)
         self.samples = len(made)
         self.batch = rows_together(candidates.decoder, min(job.batch, len(made)))
-        self.batches = batches(tokenizer, self.frame, made, self.batch, job.mode)
+        self.batches = batches(tokenizer, frame, made, self.batch, job.mode)
         self.bf16_bytes = records[0].bf16_bytes if records else 0
 
     def sizes(self, texts: Sequence[str]) -> Mapping[str, float | BadInput]:
