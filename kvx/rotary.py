@@ -13,6 +13,26 @@ from kvx.pytree import pytree
 
 
 @pytree
+class Turn:
+    """A rotation of pairs of channels by known angles; to be had from `Rotary.turn`.
+
+    Attributes:
+        cos, sin: of each pair's angle, times a magnitude.
+    """
+
+    cos: Float[Array, "*batch P"]
+    sin: Float[Array, "*batch P"]
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Rotate `x` (..., D), against whose leading axes the angles broadcast; float32 inside."""
+        pairs = self.cos.shape[-1]
+        first, second = x[..., :pairs].astype(jnp.float32), x[..., pairs : 2 * pairs].astype(jnp.float32)
+        turned = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
+        turned = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+        return turned if 2 * pairs == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * pairs :]], axis=-1)
+
+
+@pytree
 class Rotary:
     """RoPE in the half-split layout of Hugging Face checkpoints (Su et al. 2021, equation 34).
 
@@ -36,22 +56,20 @@ class Rotary:
 
     def __call__(self, x: Float[Array, "*batch D"], positions: Int[Array, "*#batch"]) -> Float[Array, "*batch D"]:
         """Rotate `x` (..., D) at integer `positions` that broadcast against its leading axes; float32 inside."""
-        return self._turned(x, positions, self.magnitude)
+        return self.turn(positions)(x)
+
+    def turn(self, positions: Int[Array, "*batch"]) -> Turn:
+        """The rotation to these positions, for whatever is rotated to them."""
+        return self._turn(positions, self.magnitude)
 
     def back(self, x: Float[Array, "*batch D"], positions: Int[Array, "*#batch"]) -> Float[Array, "*batch D"]:
         """What was rotated at these positions, as it was before."""
-        return self._turned(x, -positions, 1 / self.magnitude)
+        return self._turn(-positions, 1 / self.magnitude)(x)
 
     def onwards(self, x: Float[Array, "*batch D"], distance: Int[Array, "*#batch"]) -> Float[Array, "*batch D"]:
         """What was rotated at any position p as if at p + distance: R(p + d) = R(d) R(p), the magnitude is in it."""
-        return self._turned(x, distance, 1.0)
+        return self._turn(distance, 1.0)(x)
 
-    def _turned(
-        self, x: Float[Array, "*batch D"], positions: Int[Array, "*#batch"], magnitude: Float[Array, ""] | float
-    ) -> Float[Array, "*batch D"]:
-        pairs = self.frequencies.shape[0]
+    def _turn(self, positions: Int[Array, "*batch"], magnitude: Float[Array, ""] | float) -> Turn:
         angle = positions[..., None].astype(jnp.float32) * self.frequencies
-        cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
-        first, second = x[..., :pairs].astype(jnp.float32), x[..., pairs : 2 * pairs].astype(jnp.float32)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-        return turned if 2 * pairs == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * pairs :]], axis=-1)
+        return Turn(jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude)

@@ -11,7 +11,7 @@ import pytest
 import kvx
 from kvx.generate import _generate
 from kvx.kernels.decode_attention import decode_attention
-from kvx.loop import attend, pack_layer
+from kvx.loop import attend_turned, pack_layer
 from kvx.step import decode
 from tests import tiny
 
@@ -124,22 +124,22 @@ def test_prompts_seeds_and_lengths_of_one_bucket_share_their_programs(model):
     rule = kvx.sampling(temperature=0.8, top_p=0.9)
     tokens, _ = tiny.prompts(100)
     kvx.generate(model, tokens, policy=policy, max_new_tokens=9, sampling=rule, stop=(1,), seed=0)
-    before = (_generate._cache_size(), attend._cache_size())
+    before = (_generate._cache_size(), attend_turned._cache_size())
     for length, count, seed, temperature in ((90, 5, 1, 0.5), (128, 20, 2, 1.5), (70, 128, 3, 1.0)):
         tokens, _ = tiny.prompts(length, seed=seed)
         rule = kvx.sampling(temperature=temperature, top_p=0.9)
         kvx.generate(model, tokens, policy=policy, max_new_tokens=count, sampling=rule, stop=(1, 2), seed=seed)
-    assert (_generate._cache_size(), attend._cache_size()) == before
+    assert (_generate._cache_size(), attend_turned._cache_size()) == before
 
 
 def test_prefill_compiles_one_body_for_all_equal_layers():
     tokens, _ = tiny.prompts(100)
     policy = kvx.policies.h2o(budget=32)
     kvx.prefill(tiny.model(num_hidden_layers=2, hidden_size=32), tokens, policy)
-    before = attend._cache_size(), pack_layer._cache_size()
+    before = attend_turned._cache_size(), pack_layer._cache_size()
     kvx.prefill(tiny.model(num_hidden_layers=6, hidden_size=32), tokens, policy)
     # Packing knows how many layers there are, so another model compiles it anew: once.
-    assert (attend._cache_size(), pack_layer._cache_size()) == (before[0], before[1] + 1)
+    assert (attend_turned._cache_size(), pack_layer._cache_size()) == (before[0], before[1] + 1)
 
 
 def test_budgets_that_python_calls_equal_do_not_share_a_program(model):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import kvx
-from kvx.loop import attend
+from kvx.loop import attend_turned
 from kvx.policies import adakv, d2o, h2o, kivi, knorm, mikv, pyramidkv, quest, snapkv, streaming_llm, tova
 from tests import tiny
 
@@ -48,11 +48,11 @@ def one_sentence(error: kvx.BadInput) -> str:
     ],
 )
 def test_prefill_refuses(model, arguments, words):
-    before = attend._cache_size()
+    before = attend_turned._cache_size()
     with pytest.raises(kvx.BadInput, match=words) as raised:
         kvx.prefill(model, **{"tokens": PROMPT, "policy": FULL, **arguments})
     one_sentence(raised.value)
-    assert attend._cache_size() == before, "before anything is compiled"
+    assert attend_turned._cache_size() == before, "before anything is compiled"
 
 
 def test_a_renumbering_policy_takes_a_prompt_longer_than_the_models_positions():

@@ -11,7 +11,7 @@ import kvx
 from kvx.evidence import Requests
 from kvx.kernels.prefill_attention import prefill_attention
 from kvx.kernels.prefill_attention.columns import SUM
-from kvx.loop import attend
+from kvx.loop import attend_turned, turn_to
 from kvx.policy_text import parse_policy
 from tests import tiny
 
@@ -27,8 +27,10 @@ def attend_temporaries(length, requests):
     """Bytes of temporaries of one layer over a prompt."""
     block = tiny.model().blocks[0]
     x = jax.ShapeDtypeStruct((1, length, tiny.CONFIG["hidden_size"]), jnp.float32)
-    positions = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return temporaries(attend.lower(block, x, positions, requests=requests).compile())
+    positions = jnp.arange(length)[None]
+    turn = turn_to(block.rotary, positions)
+    layer = jax.jit(lambda x: attend_turned(block, x, positions, turn, requests=requests))
+    return temporaries(layer.lower(x).compile())
 
 
 def kernel_temporaries(length, implementation, columns):

@@ -47,7 +47,7 @@ def test_both_forms_agree_under_any_mask(blocks):
     x = model.embed(tokens())
     for block in model.blocks[:2]:
         absorbed, expanded = (
-            attend.__wrapped__(form, x, positions, segments=segments)[0]
+            attend_turned.__wrapped__(form, x, positions, turn_to(form.rotary, positions), segments=segments)[0]
             for form in (Expanded(block, block.attention), block.expanded)
         )
         assert jnp.abs(absorbed - expanded)[positions >= 0].max() < ROUNDING

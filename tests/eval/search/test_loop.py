@@ -24,9 +24,9 @@ def done():
     return searched(20)
 
 
-def by_chance(space, count):
+def by_chance(space, count, seed=0):
     """As many policies within the limit as a search runs, drawn at random."""
-    random, texts = np.random.default_rng(0), set()
+    random, texts = np.random.default_rng(seed), set()
     while len(texts) < count:
         text = space.draw(lambda _, grid: grid.values[random.integers(len(grid.values))])
         if size(text) <= LIMIT and not isinstance(Synthetic().sizes([text])[text], BadInput):
@@ -49,8 +49,11 @@ def test_the_frontier_lies_above_that_of_chance():
         limits = [LIMIT / divisor for divisor in (1, 2, 4, 8)]
         return np.mean([max((worth(text) for text in texts if size(text) <= limit), default=0.0) for limit in limits])
 
-    found = [point.name for point in searched(40)[2].frontier]
-    assert height(found) > height(by_chance(Space.of(only=METHODS), 40)) + 0.05
+    # One search may be lucky or not, and rounding differs between machines: what is claimed holds on average.
+    seeds = range(6)
+    found = [[point.name for point in searched(40, seed)[2].frontier] for seed in seeds]
+    chance = [by_chance(Space.of(only=METHODS), 40, seed) for seed in seeds]
+    assert np.mean([*map(height, found)]) > np.mean([*map(height, chance)]) + 0.05
 
 
 def test_nothing_beyond_the_limit_is_ever_run_but_the_full_cache(done):
