@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvx
-from kvx.loop import attend, forward
+from kvx.loop import attend_turned, forward, turn_to
 from kvx.models.block import Expanded
 from kvx.models.build import random_model
 from kvx.models.mla import LatentConfig
