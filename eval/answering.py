@@ -148,11 +148,11 @@ def answer(
 
     def one(at: int) -> Answered:
         clock = Stopwatch()
-        with clock.phase("decode") as lap, kvx.layer_by_layer(by_layer):
+        with clock.phase("decode") as stretch, kvx.layer_by_layer(by_layer):
             caches = [caches[at] for caches in starts]
             row = _Asking(decoder, tokenizer, batch, policies[at])
             texts, likelihoods = row.ask(mode, caches)
-        return Answered(texts, likelihoods, starts[0][at], row.steps, lap.wall, not lap.warm)
+        return Answered(texts, likelihoods, starts[0][at], row.steps, stretch.wall, not stretch.warm)
 
     with ThreadPoolExecutor(workers) as pool:
         yield from zip(policies, pool.map(one, range(len(policies))), strict=True)

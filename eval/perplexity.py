@@ -26,7 +26,7 @@ def as_bfloat16(cache: KVCache) -> int:
 
 def perplexities(
     model: Decoder, documents: Int[np.ndarray, "B T"], prompt: int, policies: Sequence[kvx.Policy]
-) -> Iterator[tuple[float, int, int]]:
+) -> Iterator[tuple[float, int]]:
     """exp of the mean negative log-probability of the tokens after the prompt, policy by policy.
 
     The prompts are prefilled in one pass for all policies; the rest is forced through the decode path token by token,
@@ -40,16 +40,16 @@ def perplexities(
         policies: what to measure.
 
     Yields:
-        The perplexity over all rows and forced tokens, the cache's bytes, and what they would be in bfloat16.
+        The perplexity over all rows and forced tokens, and the cache's bytes.
     """
     forced = documents[:, prompt:]
     started = prefill_each(model, documents[:, :prompt], policies, forced.shape[1])
 
-    def one(policy: kvx.Policy, start: tuple[Float[Array, "B N"], KVCache]) -> tuple[float, int, int]:
+    def one(policy: kvx.Policy, start: tuple[Float[Array, "B N"], KVCache]) -> tuple[float, int]:
         logits, cache = start
-        sizes = cache.nbytes, as_bfloat16(cache)
+        nbytes = cache.nbytes
         scores, _ = kvx.teacher_forced(model, forced, cache, policy, logits)
-        return float(jnp.exp(-jnp.mean(scores))), *sizes
+        return float(jnp.exp(-jnp.mean(scores))), nbytes
 
     with ThreadPoolExecutor(WORKERS) as pool:
         yield from pool.map(one, policies, started)

@@ -23,23 +23,23 @@ class Stopwatch:
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator["Lap"]:
-        """Time what happens inside; the lap it yields is complete afterwards."""
-        lap = Lap()
+    def phase(self, name: str) -> Iterator["Stretch"]:
+        """Time what happens inside; the stretch it yields is complete afterwards."""
+        stretch = Stretch()
         before = _COMPILED[0]
         wall, cpu = time.perf_counter(), time.process_time()
         try:
-            yield lap
+            yield stretch
         finally:
-            lap.wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            lap.compiled = _COMPILED[0] - before
+            stretch.wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            stretch.compiled = _COMPILED[0] - before
             total = self.phases.setdefault(name, {"wall": 0.0, "cpu": 0.0, "compile": 0.0})
-            for kind, seconds in (("wall", lap.wall), ("cpu", cpu), ("compile", lap.compiled)):
+            for kind, seconds in (("wall", stretch.wall), ("cpu", cpu), ("compile", stretch.compiled)):
                 total[kind] += seconds
 
 
 @dataclass
-class Lap:
+class Stretch:
     """One timed stretch.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvx.decoder import Block, Decoder
 from kvx.errors import BadInput
 from kvx.inputs import checked_policy, checked_prompt
 from kvx.loop import attend, project
+from kvx.mesh import Placement, kernels_on, placement_of
 from kvx.parts.amounts import whole
 from kvx.policy import Policy
 from kvx.policy_text import amended
@@ -86,7 +88,7 @@ def _digests(
     for block in model.blocks:
         parts = [_activations(block, *one) for one in zip(states, positions, picks, strict=True) if len(one[2])]
         activations = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-2), *parts)
-        layers.append(_digest(stages, activations))
+        layers.append(_digest(stages, activations, placement=placement_of(model)))
         states = [attend(block, x, spots)[0] for x, spots in zip(states, positions, strict=True)]
     return [list(each) for each in zip(*layers, strict=True)]
 
@@ -121,6 +123,7 @@ def _activations(
     return Activations(picked(query.rotated), picked(tokens.rotated_keys), picked(tokens.attended_values), block.spec)
 
 
-@jax.jit
-def _digest(stages: list[Any], activations: Activations) -> list[Any]:
-    return [stage.digest(activations) for stage in stages]
+@partial(jax.jit, static_argnames=("placement",))
+def _digest(stages: list[Any], activations: Activations, *, placement: Placement | None) -> list[Any]:
+    with kernels_on(placement):
+        return [stage.digest(activations) for stage in stages]

@@ -15,7 +15,7 @@ from kvx.evidence import NOTHING, Evidence, Requests
 from kvx.kernels.decode_attention import slot_logits
 from kvx.kernels.logits import softmax_rows
 from kvx.kernels.prefill_attention import prefill_attention
-from kvx.mesh import Placement, place_cache
+from kvx.mesh import Placement, kernels_on, place_cache, placement_of
 from kvx.policy import Layer, Policy
 from kvx.query import Query, to_heads
 from kvx.rotary import Rotary, Turn
@@ -125,14 +125,15 @@ def attend_turned(
         form = block.expanded
         whole, its = project(form, x, positions)
         operands = (whole.rotated, its.rotated_keys, its.attended_values, positions, its.positions)
-    out, _, columns = prefill_attention(
-        *operands,
-        columns=tuple(sorted(requests.columns)),
-        lengths=lengths,
-        segments=None if segments is None else (segments, segments),
-        visibility=visibility,
-        **query.masking,
-    )
+    with kernels_on(placement_of(block)):
+        out, _, columns = prefill_attention(
+            *operands,
+            columns=tuple(sorted(requests.columns)),
+            lengths=lengths,
+            segments=None if segments is None else (segments, segments),
+            visibility=visibility,
+            **query.masking,
+        )
     columns = {column: found.reshape(*queries.shape[:3], -1) for column, found in columns.items()}
     rows = None
     if requests.rows:
@@ -189,7 +190,8 @@ def pack_layer(
     placement: Placement | None = None,
 ) -> Layer:
     """One layer's cache from its tokens: the policy's selections and its store."""
-    layer = policy.prefill(tokens.astype(dtype), evidence, context, slots)
+    with kernels_on(placement):
+        layer = policy.prefill(tokens.astype(dtype), evidence, context, slots)
     return place_cache(placement, layer, len(context.lengths), context.spec.attention.kv_heads)
 
 

@@ -5,6 +5,7 @@ and a cache by the convention that every array of it begins with rows and, if it
 the layer loop mixes rows, and only a model's output projections mix heads, so a cache placed like that never moves.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvx.errors import BadInput
+from kvx.kernels.over_mesh import HEADS, KV_HEADS, ROWS, on_mesh
 
 Tree = TypeVar("Tree")
 
@@ -133,6 +135,8 @@ def place_model(model: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
     placed = place_parameters(placement, model)
     placed.placement = placement
+    for block in placed.blocks:  # a layer alone, such as in a program of its own, knows it too
+        block.placement = placement
     return placed
 
 
@@ -157,6 +161,15 @@ def place_parameters(placement: Placement | None, module: Tree) -> Tree:
 def placement_of(model: Any) -> Placement | None:
     """Where `place_model` put the model; None: it is not on a mesh."""
     return getattr(model, "placement", None)
+
+
+def kernels_on(placement: Placement | None) -> AbstractContextManager[None]:
+    """Trace kernels for arrays that lie by this placement; it has to be static data of what is traced."""
+    if placement is None:
+        return nullcontext()
+    rules = placement.rules
+    axes = {ROWS: rules.axes("rows"), KV_HEADS: rules.axes("kv_heads"), HEADS: rules.axes("heads")}
+    return on_mesh(placement.mesh, axes)
 
 
 def place_rows(placement: Placement | None, tree: Tree) -> Tree:

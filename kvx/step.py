@@ -17,7 +17,7 @@ from kvx.decoder import Block, Decoder
 from kvx.evidence import GENERATED, Evidence
 from kvx.lending import takes
 from kvx.loop import marked, project
-from kvx.mesh import Placement, place_cache, place_rows, placement_of
+from kvx.mesh import Placement, kernels_on, place_cache, place_rows, placement_of
 from kvx.policy import Layer, Policy
 from kvx.pytree import pytree
 from kvx.query import Query, to_heads
@@ -170,9 +170,10 @@ def _layer(
     query, fresh = project(block, x, run.positions)
     wanted = policy.observe(prefill=False)
     fresh = policy.stats(marked(fresh, {name: run.marks[name] for name in wanted.marks}), None, context)
-    out, layer, carry, seen = decode_layer(
-        policy, layer, query, fresh, carry, run.seen, context, look, provisional=provisional
-    )
+    with kernels_on(placement):
+        out, layer, carry, seen = decode_layer(
+            policy, layer, query, fresh, carry, run.seen, context, look, provisional=provisional
+        )
     layer = place_cache(placement, layer, len(x), block.spec.kv_heads)
     (storage,) = where.save(held[:1], layer.store)
     return block.finish(x, to_heads(out).astype(x.dtype)), (storage, layer.states), carry, seen

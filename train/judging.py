@@ -10,15 +10,17 @@ from rich.console import Console
 
 import kvx
 from kvx.decoder import Decoder
-from kvx.models.token_kinds import token_kinds
 from kvx.models.tokenizer import Tokenizer
 from kvx.progress import Steps
-from kvx.prose import Prose
+from kvx.prose import Prose, prose
 from kvx.train.data import Encoding, held_out_batches
 from kvx.train.job import Job
 
 ROWS = 4
 """Of held-out text, judged in one batch; half of each is the prompt."""
+
+CALIBRATION = (4, 1024)
+"""Texts, and their length in tokens, for policies that learn."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,18 @@ def judge(
     if not held_out or not job.evaluate.policies:
         return ()
     from kvx.eval.perplexity import perplexities
+    from kvx.eval.readying import ready
 
     policies = [kvx.parse_policy(text) for text in job.evaluate.policies]
-    if any(policy.by_kind for policy in policies):
-        policies = [policy.with_kinds(token_kinds(tokenizer)) for policy in policies]
+    # Those that learn do so on other text than they are judged by.
+    policies = ready(policies, model, tokenizer, prose(), CALIBRATION, job.seed)
     rows = _rows(held_out, tokenizer, job.data.sequence)
     with Steps(len(policies) + job.evaluate.passkey, console) as steps:
         measured = perplexities(model, rows, job.data.sequence // 2, policies)
         sizes = []
         for policy in policies:
             steps(f"perplexity: {policy.text}")
-            sizes.append(next(measured)[:2])
+            sizes.append(next(measured))
         shares = _passkeys(model, tokenizer, held_out, job, policies, steps)
     return tuple(
         Verdict(policy.text, size[0], size[1], shares.get(policy.text))
@@ -87,8 +90,8 @@ def _passkeys(
     count, task, frame = job.evaluate.passkey, find("passkey"), Frame()
     if not count:
         return {}
-    prose = Prose("held-out text", "\n\n".join(_texts(held_out, tokenizer)))
-    samples = task.make(Source(tokenizer, prose, frame), job.evaluate.passkey_length, count, job.seed)
+    text = Prose("held-out text", "\n\n".join(_texts(held_out, tokenizer)))
+    samples = task.make(Source(tokenizer, text, frame), job.evaluate.passkey_length, count, job.seed)
     shares = dict.fromkeys((policy.text for policy in policies), 0.0)
     for number, batch in enumerate(batches(tokenizer, frame, samples, 1, "aware"), 1):
         steps(f"passkeys: {number} of {count}")

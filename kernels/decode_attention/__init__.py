@@ -1,5 +1,6 @@
 """Attention of a few queries over cached slots, dense or compressed: a partial softmax, and slots' probabilities."""
 
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal, overload
@@ -13,10 +14,16 @@ from kvx.kernels.decode_attention.operands import Operand, Rows, Tail
 from kvx.kernels.implementations import choose
 from kvx.kernels.logits import scaled_logits, slot_probabilities, visible
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.quantize_pack.coded import ChannelCodes
 
 NAMES = ("reference", "xla", "mosaic_tpu", "triton")
 """Implementations: one file each, loaded when it is first asked for."""
+
+AXES = {"positions": ROWS} | dict.fromkeys(
+    ("queries", "keys", "values", "slots", "lengths", "bias", "tail"), ROWS + KV_HEADS
+)
+"""A call's arrays by name, and their axes that a mesh may split."""
 
 
 @overload
@@ -207,7 +214,14 @@ def _call(
 
 
 def _attend(name: str, call: Call, *tuning: Any) -> Found:
-    return import_module(f"{__name__}.{name}").attend(call, *tuning)
+    attend = import_module(f"{__name__}.{name}").attend
+    if name in ("reference", "xla"):
+        return attend(call, *tuning)
+
+    def run(*own: Any) -> Found:
+        return attend(replace(call, **dict(zip(AXES, own, strict=True))), *tuning)
+
+    return over_mesh(run, [*AXES.values()], ROWS + KV_HEADS)(*(getattr(call, name) for name in AXES))
 
 
 def _refusal(name: str, call: Call) -> str | None:

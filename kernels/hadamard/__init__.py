@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from kvx.kernels.implementations import choose
+from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 
 NAMES = ("reference", "xla", "mosaic_tpu", "triton")
 """Implementations: one file each, loaded when it is first asked for."""
@@ -58,4 +59,6 @@ def _module(name: str) -> Any:
 
 
 def _run(name: str, x: Float[Array, "*batch N M"], **options: Any) -> Float[Array, "*batch N M"]:
-    return _module(name).hadamard(x, **options)
+    transform = partial(_module(name).hadamard, **options)
+    leading = (ROWS + KV_HEADS)[: x.ndim - 2]
+    return transform(x) if name in ("reference", "xla") else over_mesh(transform, [leading], leading)(x)

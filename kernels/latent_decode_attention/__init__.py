@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from kvx.kernels.implementations import choose
 from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, width
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.over_mesh import HEADS, ROWS, WHOLE, over_mesh
 
 __all__ = ["CodedRows", "latent_decode_attention"]
 
@@ -86,7 +87,10 @@ def _module(name: str) -> Any:
 
 
 def _attend(name: str, *arrays: Any, **options: Any) -> Partial:
-    return _module(name).latent_decode_attention(*arrays, **options)
+    attend = partial(_module(name).latent_decode_attention, **options)
+    if name in ("reference", "xla"):
+        return attend(*arrays)
+    return over_mesh(attend, [ROWS + WHOLE + HEADS, *ROWS * 4], ROWS + WHOLE + HEADS)(*arrays)
 
 
 def _check(

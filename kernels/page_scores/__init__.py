@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from kvx.kernels.implementations import choose
+from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.page_scores import mosaic_tpu, reference, triton, xla
 
 GROUPS = ("max", "mean")
@@ -53,8 +54,10 @@ def page_scores(
 
     def run(module: Any) -> Float[Array, "B G P"]:
         options = {"tuning": tuning} if isinstance(tuning, getattr(module, "Tuning", ())) else {}
-        return module.scores(queries, bounds, group, **options)
+        scores = partial(module.scores, group=group, **options)
+        return over_mesh(scores, [ROWS + KV_HEADS] * 2, ROWS + KV_HEADS)(queries, bounds)
 
-    return choose(
-        "page_scores", implementation, {name: partial(run, each) for name, each in modules.items()}, refusal
-    )()
+    # XLA splits what it knows by itself.
+    plain = partial(xla.scores, queries, bounds, group)
+    offered = {name: plain if each is xla else partial(run, each) for name, each in modules.items()}
+    return choose("page_scores", implementation, offered, refusal)()

@@ -1,25 +1,44 @@
 """Causal attention over a prompt that also reports what it saw: log-sum-exp and column statistics, never S x S."""
 
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
 from kvx.kernels.implementations import choose
+from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.prefill_attention import mosaic_tpu, reference, triton, xla, xla_backward
 from kvx.kernels.prefill_attention.columns import Column
-from kvx.kernels.prefill_attention.gradient import Call, Sight, differentiable, remember
+from kvx.kernels.prefill_attention.gradient import Call, Result, Sight, differentiable, remember
+
+
+def _split(kernel: Callable[..., Result]) -> Callable[..., Result]:
+    """The kernel over a mesh."""
+
+    def split(queries, keys, values, query_positions, key_positions, *, lengths, segments, visibility, **options):
+        def own(*arrays: Any) -> Result:
+            *first, lengths, segments, visibility = arrays
+            return kernel(*first, lengths=lengths, segments=segments, visibility=visibility, **options)
+
+        both = ROWS + KV_HEADS
+        axes = both, both, both, ROWS, both, ROWS, ROWS, ""
+        arrays = queries, keys, values, query_positions, key_positions, lengths, segments, visibility
+        return over_mesh(own, axes, both)(*arrays)
+
+    return split
+
 
 IMPLEMENTATIONS = {
     "reference": reference.prefill_attention,
     "xla": xla.prefill_attention,
-    "mosaic_tpu": mosaic_tpu.prefill_attention,
-    "triton": triton.prefill_attention,
+    "mosaic_tpu": _split(mosaic_tpu.prefill_attention),
+    "triton": _split(triton.prefill_attention),
 }
 REMEMBERING = {
     "reference": reference.remembering,
     "xla": remember(xla.prefill_attention, xla_backward.backward),
-    "mosaic_tpu": remember(mosaic_tpu.prefill_attention, xla_backward.backward),
+    "mosaic_tpu": remember(IMPLEMENTATIONS["mosaic_tpu"], xla_backward.backward),
     "triton": triton.remembering,
 }
 """The same, with what a backward pass needs; it is blocked XLA's on a TPU."""

@@ -4,6 +4,7 @@ One layout for stores and kernels: little-end codes in words with slots last (`c
 The fused forms hold no array of single codes in main memory.
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kvx.kernels.implementations import choose
+from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 from kvx.kernels.quantize_pack.uniform_codes import (
     BITS,
@@ -74,7 +76,7 @@ def quantize_pack(
     run = choose(
         "quantize_pack",
         implementation,
-        {name: partial(_run, name, "quantize_pack") for name in NAMES},
+        {name: _split(name, "quantize_pack") for name in NAMES},
         lambda name: _run(name, "refusal", channels, slots, bits, group, along, tuning),
     )
     return run(rows, bits=bits, group=group, along=along, slots_last=slots_last, tuning=tuning)
@@ -106,10 +108,19 @@ def unpack_dequantize(
     run = choose(
         "unpack_dequantize",
         implementation,
-        {name: partial(_run, name, "unpack_dequantize") for name in NAMES},
+        {name: _split(name, "unpack_dequantize") for name in NAMES},
         lambda name: _run(name, "refusal", codes.width, codes.slots, codes.bits, codes.group, along, tuning),
     )
     return run(codes, dtype=jnp.dtype(dtype), slots_last=slots_last, tuning=tuning)
+
+
+def _split(implementation: str, function: str) -> Callable[..., Any]:
+    """An implementation's function, split over a mesh if it is a kernel."""
+    run = partial(_run, implementation, function)
+    if implementation in ("reference", "xla"):
+        return run
+    both = ROWS + KV_HEADS
+    return lambda array, **options: over_mesh(partial(run, **options), [both], both)(array)
 
 
 def _run(implementation: str, function: str, *args: Any, **options: Any) -> Any:

@@ -3,7 +3,7 @@
 Per-head eviction then saves time as it saves memory: what is read is what is held.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from kvx.kernels.implementations import choose
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.ragged_decode_attention import mosaic_tpu, reference, triton, xla
 from kvx.kernels.ragged_decode_attention.reads import Reads, by_list, positions_by_list
+
+BOTH = ROWS + KV_HEADS
 
 
 def ragged_decode_attention(
@@ -62,23 +65,30 @@ def ragged_decode_attention(
         ValueError: arguments that do not belong together, or a named implementation that does not take them.
     """
     value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window)
-    batch, rows, _ = keys.shape
+    rows = keys.shape[1]
     longest = rows if longest is None else longest
     if not 0 <= longest <= rows:
         raise ValueError(f"longest is {longest}, allowed are 0 to the {rows} slots that a row has")
-    reads = Reads(
-        by_list(queries),
-        keys.reshape(batch * rows, -1),
-        None if values is None else values.reshape(batch * rows, -1),
-        value_dim,
-        lengths.reshape(-1),
-        (starts + rows * jnp.arange(batch, dtype=starts.dtype)[:, None]).reshape(-1),
-        None,
-        1,
-        longest,
-        _listed(query_positions, queries),
-        None if key_positions is None else key_positions.reshape(-1),
-    )
+
+    def form(queries, keys, values, starts, lengths, query_positions, key_positions):
+        batch = len(keys)
+        reads = Reads(
+            by_list(queries),
+            keys.reshape(batch * rows, -1),
+            None if values is None else values.reshape(batch * rows, -1),
+            value_dim,
+            lengths.reshape(-1),
+            (starts + rows * jnp.arange(batch, dtype=starts.dtype)[:, None]).reshape(-1),
+            None,
+            1,
+            longest,
+            _listed(query_positions, queries),
+            None if key_positions is None else key_positions.reshape(-1),
+        )
+        return reads, _by_head(queries)
+
+    arrays = queries, keys, values, starts, lengths, query_positions, key_positions
+    axes = BOTH, ROWS, ROWS, BOTH, BOTH, ROWS, ROWS
     masking = {"scale": scale, "window": window, "softcap": softcap}
     plain = partial(
         xla.attend_runs,
@@ -92,7 +102,7 @@ def ragged_decode_attention(
         value_dim=value_dim,
         **masking,
     )
-    return attend("ragged_decode_attention", reads, plain, _by_head(queries), masking, implementation, tuning)
+    return attend("ragged_decode_attention", form, arrays, axes, plain, masking, implementation, tuning)
 
 
 def paged_decode_attention(
@@ -130,19 +140,25 @@ def paged_decode_attention(
     """
     value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window)
     pages, page, _ = keys.shape
-    reads = Reads(
-        by_list(queries),
-        keys.reshape(pages * page, -1),
-        None if values is None else values.reshape(pages * page, -1),
-        value_dim,
-        lengths.reshape(-1),
-        None,
-        table.reshape(-1, table.shape[-1]),
-        page,
-        table.shape[-1] * page,
-        _listed(query_positions, queries),
-        None if key_positions is None else key_positions.reshape(-1),
-    )
+
+    def form(queries, keys, values, table, lengths, query_positions, key_positions):
+        reads = Reads(
+            by_list(queries),
+            keys.reshape(pages * page, -1),
+            None if values is None else values.reshape(pages * page, -1),
+            value_dim,
+            lengths.reshape(-1),
+            None,
+            table.reshape(-1, table.shape[-1]),
+            page,
+            table.shape[-1] * page,
+            _listed(query_positions, queries),
+            None if key_positions is None else key_positions.reshape(-1),
+        )
+        return reads, _by_head(queries)
+
+    arrays = queries, keys, values, table, lengths, query_positions, key_positions
+    axes = BOTH, "", "", BOTH, BOTH, ROWS, ""
     masking = {"scale": scale, "window": window, "softcap": softcap}
     plain = partial(
         xla.attend_pages,
@@ -156,23 +172,29 @@ def paged_decode_attention(
         value_dim=value_dim,
         **masking,
     )
-    return attend("paged_decode_attention", reads, plain, _by_head(queries), masking, implementation, tuning)
+    return attend("paged_decode_attention", form, arrays, axes, plain, masking, implementation, tuning)
 
 
 def attend(
     operation: str,
-    reads: Reads,
-    plain: Any,
-    finish: Callable[[Partial], Partial],
+    form: Callable[..., tuple[Reads, Callable[[Partial], Partial]]],
+    arrays: Sequence[Any],
+    axes: Sequence[str],
+    plain: Callable[[], Partial],
     masking: dict[str, Any],
     implementation: str | None,
     tuning: Any,
 ) -> Partial:
     """The chosen implementation of an operation that reads lists of rows.
 
-    `plain` is its xla form, ready to be called; `finish` brings what the others find, by list, into the form of the
-    operation. `tuning` goes to the implementation whose it is; another has no use for it.
+    Args:
+        form: from the operation's arrays, or a device's part of them: the lists, and what brings that which is found by
+            list into the form of the operation.
+        arrays, axes: the operation's, and which of their axes a mesh may split (`over_mesh`).
+        plain: its xla form, ready to be called.
+        tuning: for the implementation whose it is; another has no use for it.
     """
+    reads, _ = form(*arrays)
     offered = {"reference": reference, "xla": None, "mosaic_tpu": mosaic_tpu, "triton": triton}
 
     def refusal(name: str) -> str | None:
@@ -180,7 +202,12 @@ def attend(
 
     def run(module: Any) -> Partial:
         options = {"tuning": tuning} if isinstance(tuning, getattr(module, "Tuning", ())) else {}
-        return finish(module.attend(reads, **masking, **options))
+
+        def own(*arrays: Any) -> Partial:
+            reads, finish = form(*arrays)
+            return finish(module.attend(reads, **masking, **options))
+
+        return over_mesh(own, axes, BOTH)(*arrays)
 
     functions = {name: plain if module is None else partial(run, module) for name, module in offered.items()}
     return choose(operation, implementation, functions, refusal)()

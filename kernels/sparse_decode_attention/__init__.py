@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.merge_partials import Partial
-from kvx.kernels.ragged_decode_attention import attend, check
+from kvx.kernels.over_mesh import ROWS
+from kvx.kernels.ragged_decode_attention import BOTH, attend, check
 from kvx.kernels.ragged_decode_attention.reads import Reads
 from kvx.kernels.sparse_decode_attention import xla
 from kvx.kernels.sparse_decode_attention.choices import by_choice, by_head
@@ -54,7 +55,7 @@ def sparse_decode_attention(
     Raises:
         ValueError: arguments that do not belong together, or a named implementation that does not take them.
     """
-    batch, heads, group, length, _ = queries.shape
+    group, length = queries.shape[2:4]
     capacity, width = keys.shape[2:]
     sets, spread, count = chosen.shape[2:]
     if page < 1 or capacity % page:
@@ -64,26 +65,31 @@ def sparse_decode_attention(
     if spread not in (1, length):
         raise ValueError(f"chosen has choices for {spread} queries, allowed are 1 or {length}")
     value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window)
-    heads_first = (jnp.arange(batch * heads, dtype=jnp.int32) * (capacity // page)).reshape(batch, heads, 1, 1, 1)
-    table = jnp.where(chosen >= 0, chosen + heads_first, 0).astype(jnp.int32)
-    reads = Reads(
-        by_choice(queries, sets, spread),
-        keys.reshape(-1, width),
-        None if values is None else values.reshape(-1, values.shape[-1]),
-        value_dim,
-        (jnp.sum(chosen >= 0, axis=-1, dtype=jnp.int32) * page).reshape(-1),
-        None,
-        table.reshape(-1, count),
-        page,
-        count * page,
-        by_choice(jnp.broadcast_to(query_positions[:, None, None], queries.shape[:4]), sets, spread),
-        key_positions.reshape(-1),
-    )
+
+    def form(queries, keys, values, query_positions, key_positions, chosen):
+        batch, heads = queries.shape[:2]
+        heads_first = (jnp.arange(batch * heads, dtype=jnp.int32) * (capacity // page)).reshape(batch, heads, 1, 1, 1)
+        table = jnp.where(chosen >= 0, chosen + heads_first, 0).astype(jnp.int32)
+        reads = Reads(
+            by_choice(queries, sets, spread),
+            keys.reshape(-1, width),
+            None if values is None else values.reshape(-1, values.shape[-1]),
+            value_dim,
+            (jnp.sum(chosen >= 0, axis=-1, dtype=jnp.int32) * page).reshape(-1),
+            None,
+            table.reshape(-1, count),
+            page,
+            count * page,
+            by_choice(jnp.broadcast_to(query_positions[:, None, None], queries.shape[:4]), sets, spread),
+            key_positions.reshape(-1),
+        )
+        shape = (batch, heads, sets, spread, group // sets, length // spread)
+        return reads, lambda part: by_head(part, shape)
+
+    arrays = queries, keys, values, query_positions, key_positions, chosen
+    axes = BOTH, BOTH, BOTH, ROWS, BOTH, BOTH
     masking = {"scale": scale, "window": window, "softcap": softcap}
     plain = partial(
         xla.attend, queries, keys, values, query_positions, key_positions, chosen, page, value_dim=value_dim, **masking
     )
-    shape = (batch, heads, sets, spread, group // sets, length // spread)
-    return attend(
-        "sparse_decode_attention", reads, plain, lambda part: by_head(part, shape), masking, implementation, tuning
-    )
+    return attend("sparse_decode_attention", form, arrays, axes, plain, masking, implementation, tuning)
