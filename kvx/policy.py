@@ -20,7 +20,7 @@ from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stage import overrides
-from kvx.stores.dense import Dense
+from kvx.stores.dense import Dense, lanes_wanted
 from kvx.tokens import Tokens
 
 
@@ -196,7 +196,9 @@ class Policy:
             for stage, here in zip(self.stages, self._contexts(context), strict=True)
         ]
         answers = [store for store in packed if store is not None]
-        return answers[-1] if answers else Dense.pack(tokens.with_form(self.rotated), mask, slots)
+        if answers:
+            return answers[-1]
+        return Dense.pack(tokens.with_form(self.rotated), mask, slots, slots_last=lanes_wanted(tokens))
 
     def need(self, tokens: Tokens, evidence: Evidence, context: Context) -> Int[Array, ""]:
         """Slots that a stage which `measures` asks for."""

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from kvx.decoder import AttentionSpec
 from kvx.kernels.decode_attention import decode_attention
+from kvx.kernels.decode_attention.operands import Operand
 from kvx.kernels.latent_decode_attention import latent_decode_attention
 from kvx.kernels.latent_decode_attention.operands import Rows
 from kvx.kernels.merge_partials import Partial
@@ -55,8 +56,8 @@ class Query:
 
     def attend(
         self,
-        keys: Float[Array, "B G C D"],
-        values: Float[Array, "B G C V"],
+        keys: Float[Array, "B G C D"] | Operand,
+        values: Float[Array, "B G C V"] | Operand,
         slots: Int[Array, "B G C"],
         rotated: Float[Array, "B G R T D"] | None = None,
     ) -> Partial:
@@ -67,6 +68,7 @@ class Query:
             rotated: the queries as the store rotates them; None: at their true positions.
         """
         if self.spec.latent:
+            assert not isinstance(keys, Operand), "latent rows come as they are"
             return self.attend_rows(keys[:, 0], slots[:, 0], rotated)
         queries = self.rotated if rotated is None else rotated
         return decode_attention(queries, keys, values, self.positions, slots, **self.masking)

@@ -1,4 +1,8 @@
-"""The dense store: rotated keys and values by slot, in the cache's dtype; eviction marks a slot empty for reuse."""
+"""The dense store: rotated keys and values by slot, in the cache's dtype; eviction marks a slot empty for reuse.
+
+On a TPU the last axis of an array fills lanes of 128: a head dim of 64 would take twice its bytes there, or the whole
+cache would be turned about at every write. For such heads the slots are last.
+"""
 
 from dataclasses import field, replace
 
@@ -6,13 +10,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from kvx.buckets import round_up
 from kvx.kernels.decode_attention import decode_probabilities
+from kvx.kernels.decode_attention.operands import Rows
+from kvx.kernels.implementations import target_platform
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.write_lane import write_lane
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
 from kvx.tokens import Tokens
+
+LANES = 128
+"""Of a TPU's vector unit."""
 
 
 @pytree
@@ -21,20 +32,30 @@ class Dense:
 
     Bytes per slot and KV head: (D + V) * itemsize + 4 for the position + 4 for each statistic; of latent attention,
     whose values are channels of its keys, V is 0.
+
+    Attributes:
+        keys, values: (B, G, C, D) and (B, G, C, V); with `slots_last` (B, G, D, C) and (B, G, V, C).
+        slots: true positions, -1 where empty.
+        rotary: the layer's rotation.
+        stats: numbers kept with each token.
+        rotated: which form the keys are in.
+        slots_last: the layout.
     """
 
-    keys: Float[Array, "B G C D"]
-    values: Float[Array, "B G C V"]
+    keys: Float[Array, "B G m n"]
+    values: Float[Array, "B G o p"]
     slots: Int[Array, "B G C"]
     rotary: Rotary
     stats: dict[str, Shaped[Array, "B G C"]] = field(default_factory=dict)
     rotated: bool = static(True)
+    slots_last: bool = static(False)
 
     @classmethod
-    def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int) -> "Dense":
-        """The tokens in `mask`, gathered in order into `capacity` slots."""
-        kept = tokens.select(mask, capacity)
-        return cls(kept.keys, kept.values, kept.positions, kept.rotary, dict(kept.stats), kept.rotated)
+    def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, *, slots_last: bool = False) -> "Dense":
+        """The tokens in `mask`, gathered in order into `capacity` slots; with `slots_last` into whole lanes of them."""
+        kept = tokens.select(mask, round_up(capacity, LANES) if slots_last else capacity)
+        keys, values = (jnp.swapaxes(each, 2, 3) if slots_last else each for each in (kept.keys, kept.values))
+        return cls(keys, values, kept.positions, kept.rotary, dict(kept.stats), kept.rotated, slots_last)
 
     def append(self, tokens: Tokens) -> "Dense":
         """Any number of tokens at once, while there are empty slots."""
@@ -42,17 +63,18 @@ class Dense:
         slots = empty_slots(self.slots, tokens.positions.shape[-1])
         return replace(
             self,
-            keys=scatter(self.keys, slots, tokens.keys),
-            values=scatter(self.values, slots, tokens.values),
+            keys=self._scattered(self.keys, slots, tokens.keys),
+            values=self._scattered(self.values, slots, tokens.values),
             slots=scatter(self.slots, slots, tokens.positions),
             stats={name: scatter(stat, slots, tokens.stats[name]) for name, stat in self.stats.items()},
         )
 
     def read(self, query: Query) -> Partial:
-        return query.attend(self.keys, self.values, self.slots)
+        return query.attend(self._rows(self.keys), self._rows(self.values), self.slots)
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
-        return decode_probabilities(query.rotated, self.keys, query.positions, self.slots, lse, **query.masking)
+        keys = self._rows(self.keys)
+        return decode_probabilities(query.rotated, keys, query.positions, self.slots, lse, **query.masking)
 
     def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Dense":
         return replace(self, slots=jnp.where(weakest_several(scores, self.slots, excess, most), -1, self.slots))
@@ -68,8 +90,9 @@ class Dense:
     def move(self, positions: Int[Array, "B G C"]) -> "Dense":
         """The tokens at other true positions, by slot; -1 where one goes. Keys are turned on, by a float32 rotation."""
         distance = jnp.where((positions >= 0) & (self.slots >= 0), positions - self.slots, 0)
-        keys = self.rotary.onwards(self.keys, distance) if self.rotated else self.keys
-        return replace(self, keys=keys, slots=jnp.where(self.slots >= 0, positions, -1))
+        keys = self._turned(self.keys)
+        keys = self.rotary.onwards(keys, distance) if self.rotated else keys
+        return replace(self, keys=self._turned(keys), slots=jnp.where(self.slots >= 0, positions, -1))
 
     def evict(self, slot: Int[Array, "B G"], when: Bool[Array, "B G"]) -> "Dense":
         """Mark one slot a head empty where `when`; its bytes are reused by the next token."""
@@ -82,19 +105,20 @@ class Dense:
 
     def write(self, slot: Int[Array, "B G"], tokens: Tokens, when: Bool[Array, "B G"]) -> "Dense":
         """One token a head overwritten where `when`; its position and statistics stay."""
-        target = jnp.where(when, slot, self.slots.shape[-1])
+        target = jnp.where(when, slot, self.slots.shape[-1])[..., None]
         return replace(
             self,
-            keys=write_slot(self.keys, target, tokens.with_form(self.rotated).keys[:, :, 0]),
-            values=write_slot(self.values, target, tokens.values[:, :, 0]),
+            keys=self._scattered(self.keys, target, tokens.with_form(self.rotated).keys),
+            values=self._scattered(self.values, target, tokens.values),
         )
 
     def write_values(self, slots: Int[Array, "B G n"], values: Float[Array, "B G n V"]) -> "Dense":
         """Values overwritten at ascending, distinct slots, those beyond the last dropped; nothing else changes."""
-        return replace(self, values=scatter(self.values, slots, values))
+        return replace(self, values=self._scattered(self.values, slots, values))
 
     def tokens(self) -> Tokens:
-        return Tokens(self.keys, self.values, self.slots, self.rotary, self.stats, self.rotated)
+        keys, values = self._turned(self.keys), self._turned(self.values)
+        return Tokens(keys, values, self.slots, self.rotary, self.stats, self.rotated)
 
     def positions(self) -> Int[Array, "B G C"]:
         return self.slots
@@ -108,6 +132,28 @@ class Dense:
 
     def bytes_read(self) -> int:
         return nbytes(self)
+
+    def _rows(self, array: Float[Array, "B G m n"]) -> Float[Array, "B G m n"] | Rows:
+        """As attention takes it."""
+        return Rows(array, slots_last=True) if self.slots_last else array
+
+    def _turned(self, array: Float[Array, "B G m n"]) -> Float[Array, "B G o p"]:
+        """From the layout that it is held in to (B, G, C, D), and back."""
+        return jnp.swapaxes(array, 2, 3) if self.slots_last else array
+
+    def _scattered(
+        self, array: Float[Array, "B G m n"], index: Int[Array, "B G i"], rows: Float[Array, "B G i D"]
+    ) -> Float[Array, "B G m n"]:
+        """As `scatter`, in the layout that it is held in."""
+        if self.slots_last and index.shape[-1] == 1:
+            return write_lane(array, index[..., 0], rows[:, :, 0])
+        return self._turned(scatter(self._turned(array), index, rows))
+
+
+def lanes_wanted(tokens: Tokens) -> bool:
+    """Whether the slots are to be last: for the TPU that is compiled for, where rows do not fill its lanes."""
+    widths = tokens.keys.shape[-1], tokens.values.shape[-1]
+    return target_platform() == "tpu" and all(width and width % LANES for width in widths)
 
 
 def first_empty(slots: Int[Array, "B G C"]) -> Int[Array, "B G"]:

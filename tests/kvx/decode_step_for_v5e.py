@@ -45,25 +45,29 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-# Name: policy, prompt length (dense ones leave a cache of SLOTS slots a head), rules under which the step is compiled.
+# Llama-3.2-1B's heads of 64, which do not fill the lanes of a TPU.
+NARROW = LLAMA_8B | {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
+# Name: policy, prompt length (dense ones leave a cache of SLOTS slots a head), rules under which the step is compiled,
+# model.
 PROGRAMS = {
-    "full": ("full()", SLOTS - ROOM, RULES),
-    "snapkv": (f"snapkv(budget={SLOTS - ROOM})", 2 * SLOTS, RULES),
+    "full": ("full()", SLOTS - ROOM, RULES, LLAMA_8B),
+    "narrow": ("full()", SLOTS - ROOM, RULES, NARROW),
+    "snapkv": (f"snapkv(budget={SLOTS - ROOM})", 2 * SLOTS, RULES, LLAMA_8B),
     # A long prompt, so that most of it lies on the host.
-    "shadowkv": ("shadowkv(budget=2048)", 8 * SLOTS, RULES),
+    "shadowkv": ("shadowkv(budget=2048)", 8 * SLOTS, RULES, LLAMA_8B),
     # The control: a step that wants every KV head on every chip must gather the cache, and the count must show it.
-    "gathering": ("full()", SLOTS - ROOM, Rules(kv_heads=None)),
+    "gathering": ("full()", SLOTS - ROOM, Rules(kv_heads=None), LLAMA_8B),
 }
 COLLECTIVE = re.compile(r"= (\S.*?) ((?:all|collective|reduce-scatter|ragged)[\w-]*)\(")
 
 
 def report(name: str, layers: int) -> dict:
     """Compile one program; collectives by kind with their largest shape, and bytes per chip."""
-    text, prompt, rules = PROGRAMS[name]
+    text, prompt, rules, config = PROGRAMS[name]
     policy = parse_policy(text)
     chips = np.array(topologies.get_topology_desc("v5e:2x2", platform="tpu").devices)
     mesh = jax.sharding.Mesh(chips.reshape(1, 4), ("data", "tensor"))
-    shapes = jax.tree.map(shape_of, abstract_model(LLAMA_8B | {"num_hidden_layers": layers}, jnp.bfloat16))
+    shapes = jax.tree.map(shape_of, abstract_model(config | {"num_hidden_layers": layers}, jnp.bfloat16))
     model, split = place_model(shapes, mesh, rules), placement_of(place_model(shapes, mesh))
 
     def prefilled(model, tokens, lengths):
@@ -72,7 +76,7 @@ def report(name: str, layers: int) -> dict:
     row = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     cache = jax.eval_shape(prefilled, model, jax.ShapeDtypeStruct((BATCH, prompt), jnp.int32), row)
     cache = place_cache(split, cache, BATCH, KV_HEADS)
-    assert name == "shadowkv" or cache.storage[0].keys.shape == (BATCH, KV_HEADS, SLOTS, 128)
+    assert name == "shadowkv" or cache.storage[0].slots.shape == (BATCH, KV_HEADS, SLOTS)
 
     def step(model, token, cache, active):
         return decode(model, token, cache, policy, active)

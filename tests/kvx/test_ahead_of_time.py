@@ -63,6 +63,14 @@ def test_a_decode_step_writes_into_the_donated_cache_and_fits_the_chip(step, lay
     assert in_use < 16 * GIB
 
 
+def test_heads_that_do_not_fill_lanes_are_written_and_read_without_a_copy_of_the_cache():
+    found = reports(1, "narrow")["narrow"]
+    assert {kind: each["count"] for kind, each in found["collectives"].items()} == {"all-reduce": 3}
+    assert found["alias_bytes"] >= found["cache_bytes"] >= KEYS_ON_CHIP * 2
+    # Keys in padded lanes would be 8 MiB.
+    assert found["temporary_bytes"] < 2**20
+
+
 def test_values_on_the_host_stay_there_and_a_step_moves_no_more_than_it_fetches():
     """ShadowKV over 32768 tokens: a gather by the host inside the loop over missing chunks, as the TPU compiles it."""
     found = reports(1, "shadowkv")["shadowkv"]
