@@ -1,4 +1,5 @@
-"""Compile decode steps of a Llama-3.1-8B shape for a TPU v5e 2x2 without one, and print what the compiler made of them.
+"""Compile decode steps (and a prefill) of Llama-3 shapes for a TPU v5e 2x2 without one, and print what
+the compiler made of them.
 
     python -m tests.kvx.decode_step_for_v5e --layers 32
 
@@ -55,6 +56,8 @@ PROGRAMS = {
     "snapkv": (f"snapkv(budget={SLOTS - ROOM})", 2 * SLOTS, RULES, LLAMA_8B),
     # A long prompt, so that most of it lies on the host.
     "shadowkv": ("shadowkv(budget=2048)", 8 * SLOTS, RULES, LLAMA_8B),
+    # Not a step: the prompt, with its column sums.
+    "prefill": ("h2o(budget=512)", 1024, RULES, LLAMA_8B),
     # The control: a step that wants every KV head on every chip must gather the cache, and the count must show it.
     "gathering": ("full()", SLOTS - ROOM, Rules(kv_heads=None), LLAMA_8B),
 }
@@ -74,15 +77,19 @@ def report(name: str, layers: int) -> dict:
         return kvx.prefill(model, tokens, policy, lengths, max_new_tokens=ROOM)[1]
 
     row = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-    cache = jax.eval_shape(prefilled, model, jax.ShapeDtypeStruct((BATCH, prompt), jnp.int32), row)
+    tokens = jax.ShapeDtypeStruct((BATCH, prompt), jnp.int32)
+    cache = jax.eval_shape(prefilled, model, tokens, row)
     cache = place_cache(split, cache, BATCH, KV_HEADS)
-    assert name == "shadowkv" or cache.storage[0].slots.shape == (BATCH, KV_HEADS, SLOTS)
+    assert name in ("shadowkv", "prefill") or cache.storage[0].slots.shape == (BATCH, KV_HEADS, SLOTS)
 
     def step(model, token, cache, active):
         return decode(model, token, cache, policy, active)
 
-    arguments = place_rows(split, (row, jax.ShapeDtypeStruct((BATCH,), bool)))
-    compiled = jax.jit(step, donate_argnums=2).lower(model, arguments[0], cache, arguments[1]).compile()
+    tokens, row, active = place_rows(split, (tokens, row, jax.ShapeDtypeStruct((BATCH,), bool)))
+    if name == "prefill":
+        compiled = jax.jit(prefilled).lower(model, tokens, row).compile()
+    else:
+        compiled = jax.jit(step, donate_argnums=2).lower(model, row, cache, active).compile()
     memory, leaves = compiled.memory_analysis(), jax.tree.leaves(cache.storage)
     return {
         "program": name,

@@ -71,6 +71,13 @@ def test_heads_that_do_not_fill_lanes_are_written_and_read_without_a_copy_of_the
     assert found["temporary_bytes"] < 2**20
 
 
+def test_a_prefill_attends_by_kernels_on_every_chip_and_gathers_no_tokens():
+    """Two sums a layer and what the policy's choice exchanges, numbers by token; keys would be 128 times as many."""
+    collectives = reports(1, "prefill")["prefill"]["collectives"]
+    assert all(each["largest"] <= 8 * 8 * 1024 for kind, each in collectives.items() if kind != "all-reduce")
+    assert collectives["all-reduce"]["largest"] == 8 * 1024 * 4096
+
+
 def test_values_on_the_host_stay_there_and_a_step_moves_no_more_than_it_fetches():
     """ShadowKV over 32768 tokens: a gather by the host inside the loop over missing chunks, as the TPU compiles it."""
     found = reports(1, "shadowkv")["shadowkv"]
