@@ -28,6 +28,7 @@ QUIET = 0.1
 """Share of the CPUs' time that others may take while a row is timed. The sides do not suffer alike beyond that: threads
 of torch spin at barriers, and on two shared CPUs its decode step was seen at ten times its time on quiet ones."""
 
+MEMORY = {"peak memory, snapkv": "snapkv", "peak memory, full": "full"}
 DECODE = {"decode, 256 kept": ("snapkv", 2.0), "decode, 2048 kept": ("full", 2.0)}
 PREFILL = {"prefill, snapkv": ("snapkv", 0.8), "prefill, h2o": ("h2o", 2.5)}
 """Row: method, and how many times as fast as the peer kvx should be."""
@@ -57,6 +58,7 @@ def measure(runs: int, threads: int, only: str | None = None) -> dict[str, Any]:
     from kvx.eval.bench_peers.kvx_side import KvxSide
     from kvx.eval.bench_peers.peer_side import PeerSide
     from kvx.models.load import load, save
+    from kvx.progress import Steps
 
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -67,15 +69,19 @@ def measure(runs: int, threads: int, only: str | None = None) -> dict[str, Any]:
         np.save(prompt, tokens)
         del model
         rows: dict[str, Any] = {}
-        if only in (None, "memory"):
-            # Before the sides are made: three models at once would be more than a small machine has.
-            for method in ("snapkv", "full"):
-                rows[f"peak memory, {method}"] = _peaks(path, prompt, threads, method, runs)
-        sides = {"kvx": KvxSide(path, threads), "peer": PeerSide(path, threads)} if only != "memory" else {}
-        if only in (None, "decode"):
-            rows |= {name: _decode(sides, tokens, method, runs, goal) for name, (method, goal) in DECODE.items()}
-        if only in (None, "prefill"):
-            rows |= {name: _prefill(sides, tokens, method, runs, goal) for name, (method, goal) in PREFILL.items()}
+        parts = {"memory": MEMORY, "decode": DECODE, "prefill": PREFILL}
+        parts = {part: named for part, named in parts.items() if only in (None, part)}
+        with Steps(sum(map(len, parts.values())), None) as step:
+            # Memory before the sides are made: three models at once would be more than a small machine has.
+            for name, method in parts.pop("memory", {}).items():
+                step(name)
+                rows[name] = _peaks(path, prompt, threads, method, runs)
+            sides = {"kvx": KvxSide(path, threads), "peer": PeerSide(path, threads)} if parts else {}
+            for part, named in parts.items():
+                measured = {"decode": _decode, "prefill": _prefill}[part]
+                for name, (method, goal) in named.items():
+                    step(name)
+                    rows[name] = measured(sides, tokens, method, runs, goal)
     bandwidth = read_bandwidth()
     for row in rows.values():
         if "step_bytes" in row:

@@ -6,20 +6,20 @@ The arrays themselves are the kernels' (`kvx.kernels.quantize_pack.coded`): one 
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
+from kvx.kernels.write_lanes import write_lanes
 from kvx.stores.dense import scatter
 
 
 def write_blocks(codes: ChannelCodes, blocks: Int[Array, "B G m"], new: ChannelCodes) -> ChannelCodes:
     """With the blocks of `new` at these indices, ascending; an index beyond the last writes nothing."""
-    count, fresh = codes.ranges.shape[-2], new.ranges.shape[-2]
+    fresh = new.ranges.shape[-2]
 
     def put_words(array, words):
-        by_block = array.reshape(*array.shape[:3], count, -1)
         rows = jnp.moveaxis(words.reshape(*words.shape[:3], fresh, -1), 3, 2)
-        return _put(by_block, blocks, rows).reshape(array.shape)
+        return write_lanes(array, blocks, rows)
 
     return replace(
         codes,
@@ -33,27 +33,13 @@ def write_slots(codes: TokenCodes, slots: Int[Array, "B G m"], new: TokenCodes) 
     """With the slots of `new` at these indices, ascending; a slot beyond the last writes nothing."""
 
     def put(array, columns):
-        return _put(array, slots, jnp.swapaxes(columns, -1, -2))
+        return write_lanes(array, slots, jnp.swapaxes(columns, -1, -2)[..., None])
 
     return replace(
         codes,
         words=put(codes.words, new.words),
         ranges=put(codes.ranges, new.ranges),
         lower=codes.lower if codes.lower is None or new.lower is None else put(codes.lower, new.lower),
-    )
-
-
-def _put(
-    array: Shaped[Array, "B G w n *rest"], index: Int[Array, "B G m"], rows: Shaped[Array, "B G m w *rest"]
-) -> Shaped[Array, "B G w n *rest"]:
-    """Rows written along the fourth axis, in place: the form of which XLA on CPU makes no copy."""
-    if index.size == 1:
-        # XLA turns a scatter of one row into a dynamic_update_slice; so there is a second, beyond the end, dropped.
-        index = jnp.concatenate([index, jnp.full_like(index, array.shape[3] + 1)], axis=-1)
-        rows = jnp.concatenate([rows, rows], axis=2)
-    batch, heads = jnp.ogrid[: array.shape[0], : array.shape[1]]
-    return array.at[batch[..., None], heads[..., None], :, index].set(
-        rows, mode="drop", unique_indices=True, indices_are_sorted=True
     )
 
 

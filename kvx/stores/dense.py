@@ -15,7 +15,7 @@ from kvx.kernels.decode_attention import decode_probabilities
 from kvx.kernels.decode_attention.operands import Rows
 from kvx.kernels.implementations import target_platform
 from kvx.kernels.merge_partials import Partial
-from kvx.kernels.write_lane import write_lane
+from kvx.kernels.write_lanes import write_lanes
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
@@ -146,7 +146,7 @@ class Dense:
     ) -> Float[Array, "B G m n"]:
         """As `scatter`, in the layout that it is held in."""
         if self.slots_last and index.shape[-1] == 1:
-            return write_lane(array, index[..., 0], rows[:, :, 0])
+            return write_lanes(array, index, rows[..., None])
         return self._turned(scatter(self._turned(array), index, rows))
 
 
