@@ -17,6 +17,7 @@ from kvx.errors import BadInput
 from kvx.eval.cost import lap
 from kvx.eval.job import FULL, EvalJob, FidelitySection, TaskSection
 from kvx.eval.loading import Loaded
+from kvx.eval.programs import make_room
 from kvx.eval.provenance import provenance
 from kvx.eval.readying import ready
 from kvx.eval.records import RECORDS, Record, read
@@ -152,6 +153,7 @@ def compare_policies(
     with watch.phase("times"), Steps(len(chosen), console) as step, kvx.layer_by_layer():
         for policy, row in zip(chosen, rows, strict=True):
             step(f"time: {policy.text}")
+            make_room()
             lap(decoder, prompt, policy, steps=1)  # compiles
             timed = lap(decoder, prompt, policy, STEPS)
             row.prefill_seconds, row.tokens_per_second = timed.prefill_seconds, 1 / timed.step_seconds

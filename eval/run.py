@@ -16,6 +16,7 @@ from kvx.eval.job import FULL, EvalJob, TaskSection
 from kvx.eval.kept import kept
 from kvx.eval.loading import Loaded, load_over_devices, rows_together
 from kvx.eval.perplexity import WORKERS, as_bfloat16
+from kvx.eval.programs import make_room
 from kvx.eval.prompts import Frame
 from kvx.eval.readying import ready
 from kvx.eval.recording import recorded
@@ -127,6 +128,7 @@ class _Study:
             warm: set[Cell] = set()
             for unit, missing in todo:
                 for group in self._groups(missing):
+                    make_room()
                     self._answer(unit, group, unit.cell in warm, step)
                 warm |= {unit.cell} if missing else set()
         self._fidelity(done)
@@ -204,6 +206,7 @@ class _Study:
         section = self.job.fidelity
         if not section.documents:
             return
+        make_room()
         known = {policy for cell, policy, index in done if cell.task == FIDELITY and index == section.documents - 1}
         todo = [policy for policy in self.policies if policy.text not in known]
         for record in fidelity_records(

@@ -15,6 +15,7 @@ from kvx.errors import BadInput
 from kvx.eval.cost.cache_bytes import CacheBytes, array_bytes, parts
 from kvx.eval.cost.live_bytes import Scratch, most_alive
 from kvx.eval.plan.abstract import abstract_prefill
+from kvx.eval.programs import make_room
 from kvx.eval.records import Cost
 from kvx.parts.amounts import whole
 
@@ -72,6 +73,7 @@ def _costs(decoder, model_name, policies, lengths, batches, tokens, steps: int, 
             prompts = np.resize(tokens, (batch, length)).astype(np.int32)
             scratch = Scratch()
             for policy in policies:
+                make_room()
                 yield _cost(decoder, model_name, policy, prompts, steps, repeats, scratch)
 
 

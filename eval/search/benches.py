@@ -15,6 +15,7 @@ from kvx.eval.fidelity.samples import fidelity_record, seeded_documents
 from kvx.eval.job import FULL
 from kvx.eval.loading import rows_together
 from kvx.eval.perplexity import WORKERS, as_bfloat16
+from kvx.eval.programs import make_room
 from kvx.eval.prompts import Frame
 from kvx.eval.recording import recorded
 from kvx.eval.records import Cell, Record
@@ -83,6 +84,7 @@ class TaskBench:
             rows = [row for row, index in enumerate(indices) if index in samples]
             if not rows:
                 continue
+            make_room()
             watch = Stopwatch()
             for policy, answered in answer(
                 self.candidates.decoder, tokenizer, batch, self.mode, policies,
@@ -133,6 +135,7 @@ class DocumentBench:
         """All policies along some documents at a time."""
         policies = [self.candidates.policy(text) for text in texts]
         for start in range(0, len(samples), self.batch):
+            make_room()
             chosen = list(samples[start : start + self.batch])
             # Filled up by repetition, so that all batches have one shape.
             rows = np.resize(chosen, self.batch)
