@@ -170,7 +170,7 @@ def _whole(
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(index < lengths[:, None], index, -1)
     policy = builders[0].policy
-    where = {"lengths": lengths}
+    where: dict[str, Any] = {"lengths": lengths}
     if layout is not None:
         positions = layout.positions
         where |= {"segments": layout.segments, "visibility": layout.visibility}
