@@ -72,8 +72,9 @@ def _kernel(starts, filled, _, array, tiles, arrived, *, size: int) -> None:
     def moving(index, out: bool):
         start = starts[first + index]
         tile = pl.ds(pl.multiple_of(start - jax.lax.rem(start, lanes), lanes), lanes)
-        ends = (tiles.at[index], array.at[first + index, :, tile])
-        return pltpu.make_async_copy(*(ends if out else ends[::-1]), arrived.at[index])
+        here, there = tiles.at[index], array.at[first + index, :, tile]
+        source, target = (here, there) if out else (there, here)
+        return pltpu.make_async_copy(source, target, arrived.at[index])
 
     def each(action):
         def one(index, _):
