@@ -1,5 +1,7 @@
 """Load a model and its tokenizer by name or path, and save them as a Hugging Face directory."""
 
+import ctypes
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,14 @@ def load(
         from kvx.mesh import place_model
 
         model = place_model(model, mesh)
+    _give_back()
     return model, tokenizer
+
+
+def _give_back() -> None:
+    """Freed memory to the system, where the C library can: reading a vocabulary leaves 60 MiB behind in its heap."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def save(model: Model, tokenizer: Tokenizer | None, path: str | PathLike[str]) -> None:
