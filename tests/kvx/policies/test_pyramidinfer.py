@@ -10,7 +10,7 @@ import kvx
 from kvx import policies
 from kvx.context import Spec
 from kvx.kernels.prefill_attention.columns import Column
-from kvx.loop import attend
+from kvx.loop import attend_turned
 from kvx.parts.cut_blocks import CutBlocks
 from kvx.parts.thin import WIDTHS, Thin, cosine
 from tests import tiny
@@ -193,9 +193,9 @@ def test_growth_is_the_most_that_any_prompt_s_layer_holds_of_what_comes(room):
 @pytest.mark.slow
 def test_layers_share_a_few_widths_and_their_compiled_bodies():
     model, (prompt, _) = tiny.model(num_hidden_layers=16, hidden_size=32), prompts(500)
-    before = attend._cache_size()
+    before = attend_turned._cache_size()
     _, cache = kvx.prefill(model, prompt, policies.pyramidinfer(rate=0.5, block=None), max_new_tokens=8)
-    assert attend._cache_size() - before <= WIDTHS
+    assert attend_turned._cache_size() - before <= WIDTHS
     _, full = kvx.prefill(model, prompt, policies.full(), max_new_tokens=8)
     assert cache.nbytes < 0.8 * full.nbytes
 
