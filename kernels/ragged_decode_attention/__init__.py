@@ -194,11 +194,10 @@ def attend(
         plain: its xla form, ready to be called.
         tuning: for the implementation whose it is; another has no use for it.
     """
-    reads, _ = form(*arrays)
     offered = {"reference": reference, "xla": None, "mosaic_tpu": mosaic_tpu, "triton": triton}
 
     def refusal(name: str) -> str | None:
-        return offered[name].refusal(reads) if name in ("mosaic_tpu", "triton") else None  # type: ignore[union-attr]
+        return offered[name].refusal(form(*arrays)[0]) if name in ("mosaic_tpu", "triton") else None  # type: ignore[union-attr]
 
     def run(module: Any) -> Partial:
         options = {"tuning": tuning} if isinstance(tuning, getattr(module, "Tuning", ())) else {}
