@@ -10,9 +10,12 @@ SHARED = -1
 
 
 def visible(
-    query_positions: Int[Array, "*#batch T 1"], key_positions: Int[Array, "*#batch 1 S"], window: int | None
-) -> Bool[Array, "*batch T S"]:
-    """Which keys a query may see: not empty (-1), not later than it, and inside its sliding window if there is one."""
+    query_positions: Int[Array, "*#batch #M #N"], key_positions: Int[Array, "*#batch #M #N"], window: int | None
+) -> Bool[Array, "*batch M N"]:
+    """Which keys a query may see: not empty (-1), not later than it, and inside its sliding window if there is one.
+
+    The two broadcast: queries along rows and keys along columns, or the other way round.
+    """
     seen = (key_positions >= 0) & (key_positions <= query_positions)
     return seen if window is None else seen & (query_positions - key_positions < window)
 

@@ -1,6 +1,6 @@
 """Kernels compiled by the real TPU compiler, no TPU needed: scoped memory, temporaries, copies.
 
-A call fails if a temporary exceeds 1 % of its inputs (1 MiB is always allowed), or if the program holds a copy, a
+A call fails if a temporary exceeds 1 % of its inputs (2 MiB are always allowed), or if the program holds a copy, a
 transpose or a conversion of that size: a cache moved or decoded in main memory shows as one of these.
 """
 
@@ -19,8 +19,9 @@ from kvx.kernels.implementations import compiling_for
 ALLOWED = 0.01
 """Share of the inputs' bytes that temporaries, and single moved arrays, may reach."""
 
-SMALL = 2**20
-"""Bytes that are always allowed."""
+SMALL = 2**21
+"""Bytes that are always allowed: queries are parameters here, whose layout the compiler chooses without asking the kernel
+that reads them, and 128 heads of 576 channels in 8 rows are 1.1 MiB, 3 % of a small latent cache."""
 
 _MOVES = re.compile(r"= (\w+)\[([\d,]*)\]\S* (copy|transpose|convert|copy-start)\(")
 _SCOPED = re.compile(r'"memory_space":"1","offset":"\d+","size":"(\d+)"')

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.lax import div, rem
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.prefill_attention.columns import Column
@@ -28,7 +27,7 @@ from kvx.kernels.prefill_attention.mosaic_tpu_tiles import (
 
 
 def _kernel(
-    runs, widths, key, query, lse, positions, spots, *rest, columns: tuple[Column, ...], parts: int, scale, window,
+    runs, widths, key, query, lse, positions, spots, *rest, columns: tuple[Column, ...], scale, window,
     softcap, dim: int, segmented: bool, voting: bool,
 ):  # fmt: skip
     rest = list(rest)
@@ -36,9 +35,9 @@ def _kernel(
     others: Any = rest.pop(0) if segmented else None
     votes: Any = rest.pop(0) if voting else None
     outs, found = rest[: len(columns)], rest[len(columns) :]
-    batch, head, block, step = (pl.program_id(axis) for axis in range(4))
-    kv_heads = pl.num_programs(1) // parts
-    place = (batch * kv_heads + div(head, parts)) * pl.num_programs(2) + block
+    batch, kv_head, block, part, step = (pl.program_id(axis) for axis in range(5))
+    place = (batch * pl.num_programs(1) + kv_head) * pl.num_programs(2) + block
+    heads = query.shape[0]
     start, full, stop, end = runs_of(runs, place)
     here = start + step
 
@@ -47,12 +46,16 @@ def _kernel(
         for array in found:
             array[...] = jnp.zeros_like(array)
 
+    def counted(each: int):
+        """The log-sum-exp of a block of queries; a query that saw nothing (-inf) weighs nothing."""
+        row = lse[pl.ds(part * heads + each, 1), :]
+        return jnp.where(row == -jnp.inf, jnp.inf, row)
+
     def meet(masked: bool):
-        heads = query.shape[0]
         given: Any = None
         for each in range(heads):
             logits = tile_logits(key[...], query[each], turned=is_turned(dim), scale=scale, softcap=softcap)
-            weights = jnp.exp(logits - lse[each])
+            weights = jnp.exp(logits - counted(each))
             given = weights if given is None else given + weights
         if heads > 1:
             given = given / heads
@@ -78,11 +81,11 @@ def _kernel(
     pl.when((here < end) & inside)(lambda: meet(False))
     pl.when((here < end) & jnp.logical_not(inside))(lambda: meet(True))
 
-    @pl.when(step == pl.num_programs(3) - 1)
+    @pl.when(step == pl.num_programs(4) - 1)
     def _():
         for column, out, array in zip(columns, outs, found, strict=True):
             # Turned first: reducing over sublanes leaves a row, as main memory wants it.
-            out[...] = column.reduced(array[...].T, axis=0)[None]
+            out[pl.ds(part, 1), :] = column.reduced(array[...].T, axis=0)[None]
 
 
 def statistics(
@@ -114,60 +117,55 @@ def statistics(
     # A pooled statistic needs all query heads of a KV head at once; any other is a program for each.
     heads, parts = (group, 1) if columns[0].pooled else (1, group)
     counts = total // key_block, length // query_block
-    base = jnp.where(jnp.isfinite(lse), lse, jnp.inf)[:, :, :, None]
     flat_widths = jnp.zeros((1,), jnp.int32) if widths is None else widths.reshape(-1)
 
-    def there(b, h, i, j, runs):
+    def there(b, g, i, j, runs):
         """The block of queries of this step; beyond the last one, the last one, which is there already."""
-        start, _, _, end = runs_of(runs, (b * kv_heads + div(h, parts)) * counts[0] + i)
+        start, _, _, end = runs_of(runs, (b * kv_heads + g) * counts[0] + i)
         return jnp.maximum(jnp.minimum(start + j, end - 1), 0)
 
     def at(shape, where):
-        """A block specification; `where` is told batch, head, block of keys and block of queries."""
-        return pl.BlockSpec(shape, lambda b, h, i, j, runs, widths: where(b, h, i, there(b, h, i, j, runs)))
+        """A block specification; `where` is told row, KV head, part of its heads, block of keys and of queries."""
+        return pl.BlockSpec(shape, lambda b, g, i, p, j, runs, widths: where(b, g, p, i, there(b, g, i, j, runs)))
 
     if is_turned(dim):
-        key_spec = at((None, None, dim, key_block), lambda b, h, i, q: (b, div(h, parts), 0, i))
-        query_spec = at(
-            (None, None, heads, dim, query_block), lambda b, h, i, q: (b, div(h, parts), rem(h, parts), 0, q)
-        )
+        key_spec = at((None, None, dim, key_block), lambda b, g, p, i, q: (b, g, 0, i))
+        query_spec = at((None, None, heads, dim, query_block), lambda b, g, p, i, q: (b, g, p, 0, q))
     else:
-        key_spec = at((None, None, key_block, dim), lambda b, h, i, q: (b, div(h, parts), i, 0))
-        query_spec = at(
-            (None, None, heads, query_block, dim), lambda b, h, i, q: (b, div(h, parts), rem(h, parts), q, 0)
-        )
-    row = at((None, 1, query_block), lambda b, h, i, q: (b, 0, q))
+        key_spec = at((None, None, key_block, dim), lambda b, g, p, i, q: (b, g, i, 0))
+        query_spec = at((None, None, heads, query_block, dim), lambda b, g, p, i, q: (b, g, p, q, 0))
+    row = at((None, 1, query_block), lambda b, g, p, i, q: (b, 0, q))
     specs = [
         key_spec,
         query_spec,
-        at((None, None, heads, 1, query_block), lambda b, h, i, q: (b, div(h, parts), rem(h, parts), 0, q)),
+        at((None, None, group, query_block), lambda b, g, p, i, q: (b, g, 0, q)),
         row,
-        at((None, None, 1, key_block), lambda b, h, i, q: (b, div(h, parts), 0, i)),
+        at((None, None, 1, key_block), lambda b, g, p, i, q: (b, g, 0, i)),
     ]
-    operands = [turn(keys), turn(queries), base, query_positions[:, None], key_positions[:, :, None]]
+    operands = [turn(keys), turn(queries), lse, query_positions[:, None], key_positions[:, :, None]]
     if segments is not None:
-        specs += [row, at((None, 1, key_block), lambda b, h, i, q: (b, 0, i))]
+        specs += [row, at((None, 1, key_block), lambda b, g, p, i, q: (b, 0, i))]
         operands += [labels[:, None] for labels in segments]
     if votes is not None:
-        specs.append(at((None, len(columns), query_block), lambda b, h, i, q: (b, 0, q)))
+        specs.append(at((None, len(columns), query_block), lambda b, g, p, i, q: (b, 0, q)))
         operands.append(votes)
-    out = at((None, None, None, 1, key_block), lambda b, h, i, q: (b, div(h, parts), rem(h, parts), 0, i))
+    out = at((None, None, parts, key_block), lambda b, g, p, i, q: (b, g, 0, i))
     found = pl.pallas_call(
         partial(
-            _kernel, columns=tuple(columns), parts=parts, scale=scale, window=window, softcap=softcap, dim=dim,
+            _kernel, columns=tuple(columns), scale=scale, window=window, softcap=softcap, dim=dim,
             segmented=segments is not None, voting=votes is not None,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, kv_heads * parts, *counts),
+            grid=(batch, kv_heads, counts[0], parts, counts[1]),
             in_specs=specs,
             out_specs=[out] * len(columns),
             scratch_shapes=[pltpu.VMEM((key_block, LANES), jnp.float32)] * len(columns),
         ),
-        out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, parts, 1, total), jnp.float32)] * len(columns),
+        out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, parts, total), jnp.float32)] * len(columns),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
         ),
         name="prefill_attention_columns",
     )(runs.reshape(-1), flat_widths, *operands)  # fmt: skip
-    return [jnp.broadcast_to(array[:, :, :, 0], (batch, kv_heads, group, total)) for array in found]
+    return [jnp.broadcast_to(array, (batch, kv_heads, group, total)) for array in found]

@@ -1,6 +1,8 @@
 """The first pass on a TPU: output and log-sum-exp, skipping the blocks of keys that are out of reach.
 
 The grid's last axis walks the blocks of keys in reach of a block of queries; what is beyond its end fetches nothing.
+The query heads of a KV head follow each other, so that their log-sum-exps leave as one block, a row each of a (heads, T)
+array as main memory holds it: written head by head they would be copied once more into that layout.
 """
 
 from functools import partial
@@ -10,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.lax import div, rem
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.prefill_attention.mosaic_tpu_tiles import (
@@ -26,12 +27,11 @@ from kvx.kernels.prefill_attention.mosaic_tpu_tiles import (
 )  # fmt: skip
 
 
-def _kernel(runs, query, key, value, positions, spots, *rest, heads: int, scale, window, softcap, dim: int, width: int):
+def _kernel(runs, query, key, value, positions, spots, *rest, scale, window, softcap, dim: int, width: int):
     parts: Any = rest if len(rest) == 7 else (None, None, *rest)
     labels, others, out, lse, mixed, top, total = parts
-    batch, head, block, step = (pl.program_id(axis) for axis in range(4))
-    kv_heads = pl.num_programs(1) // heads
-    place = (batch * kv_heads + div(head, heads)) * pl.num_programs(2) + block
+    batch, kv_head, block, head, step = (pl.program_id(axis) for axis in range(5))
+    place = (batch * pl.num_programs(1) + kv_head) * pl.num_programs(2) + block
     start, full, stop, end = runs_of(runs, place)
     here = start + step
 
@@ -58,13 +58,13 @@ def _kernel(runs, query, key, value, positions, spots, *rest, heads: int, scale,
     pl.when((here < end) & inside)(lambda: meet(False))
     pl.when((here < end) & jnp.logical_not(inside))(lambda: meet(True))
 
-    @pl.when(step == pl.num_programs(3) - 1)
+    @pl.when(step == pl.num_programs(4) - 1)
     def _():
         some = total[...] > 0
         divisor = jnp.where(some, total[...], 1.0)
         found = mixed[...] / divisor
         out[...] = found if is_turned(width) else found.T
-        lse[...] = jnp.where(some, top[...] + jnp.log(divisor), -jnp.inf)
+        lse[pl.ds(head, 1), :] = jnp.where(some, top[...] + jnp.log(divisor), -jnp.inf)
 
 
 def forward(
@@ -87,57 +87,47 @@ def forward(
     query_block, key_block = blocks
     counts = length // query_block, total // key_block
 
-    def there(b, h, i, j, runs):
+    def there(b, g, i, j, runs):
         """The block of keys of this step; beyond the last one, the last one, which is there already."""
-        start, _, _, end = runs_of(runs, (b * kv_heads + div(h, group)) * counts[0] + i)
+        start, _, _, end = runs_of(runs, (b * kv_heads + g) * counts[0] + i)
         return jnp.maximum(jnp.minimum(start + j, end - 1), 0)
 
     def of_query(channels):
         if is_turned(channels):
-            return pl.BlockSpec(
-                (None, None, None, channels, query_block),
-                lambda b, h, i, j, runs: (b, div(h, group), rem(h, group), 0, i),
-            )
-        return pl.BlockSpec(
-            (None, None, None, query_block, channels), lambda b, h, i, j, runs: (b, div(h, group), rem(h, group), i, 0)
-        )
+            return pl.BlockSpec((None, None, None, channels, query_block), lambda b, g, i, r, j, runs: (b, g, r, 0, i))
+        return pl.BlockSpec((None, None, None, query_block, channels), lambda b, g, i, r, j, runs: (b, g, r, i, 0))
 
     def of_keys(channels):
         if is_turned(channels):
             return pl.BlockSpec(
-                (None, None, channels, key_block),
-                lambda b, h, i, j, runs: (b, div(h, group), 0, there(b, h, i, j, runs)),
+                (None, None, channels, key_block), lambda b, g, i, r, j, runs: (b, g, 0, there(b, g, i, j, runs))
             )
         return pl.BlockSpec(
-            (None, None, key_block, channels), lambda b, h, i, j, runs: (b, div(h, group), there(b, h, i, j, runs), 0)
+            (None, None, key_block, channels), lambda b, g, i, r, j, runs: (b, g, there(b, g, i, j, runs), 0)
         )
 
-    row = pl.BlockSpec((None, 1, query_block), lambda b, h, i, j, runs: (b, 0, i))
+    row = pl.BlockSpec((None, 1, query_block), lambda b, g, i, r, j, runs: (b, 0, i))
     specs = [
         of_query(dim),
         of_keys(dim),
         of_keys(width),
         row,
-        pl.BlockSpec(
-            (None, None, 1, key_block), lambda b, h, i, j, runs: (b, div(h, group), 0, there(b, h, i, j, runs))
-        ),
+        pl.BlockSpec((None, None, 1, key_block), lambda b, g, i, r, j, runs: (b, g, 0, there(b, g, i, j, runs))),
     ]
     operands = [turn(queries), turn(keys), turn(values), query_positions[:, None], key_positions[:, :, None]]
     if segments is not None:
-        specs += [row, pl.BlockSpec((None, 1, key_block), lambda b, h, i, j, runs: (b, 0, there(b, h, i, j, runs)))]
+        specs += [row, pl.BlockSpec((None, 1, key_block), lambda b, g, i, r, j, runs: (b, 0, there(b, g, i, j, runs)))]
         operands += [labels[:, None] for labels in segments]
     shape = (width, length) if is_turned(width) else (length, width)
     out, lse = pl.pallas_call(
-        partial(_kernel, heads=group, scale=scale, window=window, softcap=softcap, dim=dim, width=width),
+        partial(_kernel, scale=scale, window=window, softcap=softcap, dim=dim, width=width),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, kv_heads * group, *counts),
+            grid=(batch, kv_heads, counts[0], group, counts[1]),
             in_specs=specs,
             out_specs=[
                 of_query(width),
-                pl.BlockSpec(
-                    (None, None, None, 1, query_block), lambda b, h, i, j, runs: (b, div(h, group), rem(h, group), 0, i)
-                ),
+                pl.BlockSpec((None, None, group, query_block), lambda b, g, i, r, j, runs: (b, g, 0, i)),
             ],
             scratch_shapes=[
                 pltpu.VMEM((width, query_block), jnp.float32),
@@ -147,11 +137,11 @@ def forward(
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch, kv_heads, group, *shape), jnp.float32),
-            jax.ShapeDtypeStruct((batch, kv_heads, group, 1, length), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
         ),
         name="prefill_attention_forward",
     )(runs.reshape(-1), *operands)
-    return turn_back(out, width), lse[:, :, :, 0]
+    return turn_back(out, width), lse

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from kvx.kernels.arg_spec import CHIPS, ArgSpec
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
@@ -23,6 +22,7 @@ from kvx.kernels.decode_attention.arg_specs import AOT, CI, EXACT, NUMERIC, buil
 from kvx.kernels.decode_attention.operands import Rows
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
+from tests.kernels.interpreting import interpreted_without_races
 from tests.kernels.lowering import NEW_ENOUGH, cuda_text
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -90,7 +90,7 @@ def test_mosaic_tpu_interpreted_numeric(name):
 
     # Sums of up to 512 terms, codes' scales applied to other factors than the reference's.
     spec = ArgSpec(name, TINY[name], {"scale": 0.1}, 5e-5)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with interpreted_without_races():
         against_reference(spec, "mosaic_tpu", tuning=Tuning(128))
 
 

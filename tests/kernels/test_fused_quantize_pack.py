@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from kvx.kernels import quantize_pack as package
 from kvx.kernels.quantize_pack import BITS, dequantize, pack, quantize, quantize_pack, unpack_dequantize
 from kvx.kernels.quantize_pack.arg_specs import CI, NUMERIC
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
+from tests.kernels.interpreting import interpreted_without_races
 from tests.kernels.lowering import NEW_ENOUGH, cuda_text
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -65,9 +64,8 @@ def test_numeric_triton(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", NUMERIC, ids=name)
 def test_numeric_mosaic_tpu_interpreted(spec):
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with interpreted_without_races():
         assert_equals_reference(spec, implementation="mosaic_tpu")
-    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas-Triton is supported from jax 0.11")

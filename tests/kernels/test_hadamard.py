@@ -7,11 +7,10 @@ import pytest
 import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from kvx.kernels.hadamard import hadamard
 from kvx.kernels.hadamard.arg_specs import CI, NUMERIC
+from tests.kernels.interpreting import interpreted_without_races
 from tests.kernels.lowering import NEW_ENOUGH, cuda_text
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -49,9 +48,8 @@ def test_numeric_triton(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", NUMERIC, ids=str)
 def test_numeric_mosaic_tpu_interpreted(spec):
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with interpreted_without_races():
         assert_equals_reference(spec, implementation="mosaic_tpu")
-    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas-Triton is supported from jax 0.11")

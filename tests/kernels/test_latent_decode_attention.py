@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from kvx.kernels.decode_attention import decode_attention
 from kvx.kernels.implementations import compiling_for
@@ -13,6 +11,7 @@ from kvx.kernels.latent_decode_attention import CodedRows, latent_decode_attenti
 from kvx.kernels.latent_decode_attention.arg_specs import CI, NUMERIC
 from kvx.kernels.latent_decode_attention.operands import slots_first
 from kvx.kernels.quantize_pack.coded import TokenCodes
+from tests.kernels.interpreting import interpreted_without_races
 from tests.kernels.lowering import NEW_ENOUGH, cuda_text
 
 FAST = [spec for spec in NUMERIC if spec.argument_bytes() < 2**19]
@@ -62,9 +61,8 @@ def test_numeric_triton(spec):
 def test_numeric_mosaic_tpu_interpreted(spec):
     if not spec.options["slots_last"]:
         pytest.skip("slots are last on a TPU")
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with interpreted_without_races():
         assert_equals_reference(spec, implementation="mosaic_tpu")
-    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas-Triton is supported from jax 0.11")

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from kvx.eval.bench_kernels.ahead_of_time import compile_calls
 from kvx.eval.bench_kernels.calls import Call
 from kvx.eval.bench_kernels.numerics import error
 from kvx.kernels.page_scores import page_scores, triton
 from kvx.kernels.page_scores.arg_specs import AOT, CI, NUMERIC
+from tests.kernels.interpreting import interpreted_without_races
 
 ON_GPU = jax.default_backend() == "gpu"
 needs_new = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas on GPUs needs jax 0.11")
@@ -36,9 +35,8 @@ def test_xla_numeric(spec):
     "spec", [*(pytest.param(each, marks=pytest.mark.slow) for each in NUMERIC[:-1]), NUMERIC[-1]], ids=str
 )
 def test_mosaic_tpu_numeric(spec):
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with interpreted_without_races():
         assert error(call(spec), "mosaic_tpu") <= spec.tolerance
-    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.slow

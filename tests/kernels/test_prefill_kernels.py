@@ -17,6 +17,7 @@ from kvx.kernels.prefill_attention import mosaic_tpu, prefill_attention
 from kvx.kernels.prefill_attention.arg_specs import AOT, CI, EVERY, NUMERIC, _small
 from kvx.kernels.prefill_attention.reach import causal_reaches, reaches
 from kvx.kernels.prefill_attention.triton import Pass, Tuning
+from tests.kernels.interpreting import interpreted_without_races
 from tests.kernels.prefill_numerics import check_numeric
 
 TRITON = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Triton kernels need jax 0.11")
@@ -109,11 +110,8 @@ def check_table(table, size, other, mask, *, tight=False):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [spec for spec in TINY if " 64 " in spec.name], ids=str)
 def test_mosaic_tpu_interpreted_without_races(spec):
-    from jax.experimental.pallas import tpu as pltpu
-
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with interpreted_without_races():
         check_numeric(spec, "mosaic_tpu", tuning=mosaic_tpu.Tuning(128, 128))
-    assert not pltpu.interpret_pallas_call.races.races_found
 
 
 @TRITON

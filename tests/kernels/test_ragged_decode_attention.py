@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from kvx.eval.bench_kernels.ahead_of_time import compile_calls
 from kvx.eval.bench_kernels.calls import Call
@@ -20,6 +18,7 @@ from kvx.kernels.implementations import compiling_for
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.kernels.ragged_decode_attention import paged_decode_attention, ragged_decode_attention, triton
 from kvx.kernels.ragged_decode_attention.arg_specs import AOT, CI, NUMERIC, paged, ragged
+from tests.kernels.interpreting import interpreted_without_races
 
 ON_GPU = jax.default_backend() == "gpu"
 NEW = jax.__version_info__ >= (0, 11)
@@ -31,10 +30,6 @@ def call(spec) -> Call:
     return Call("ragged_decode_attention", getattr(operation, spec.function or "ragged_decode_attention"), spec)
 
 
-def interpreted():
-    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", NUMERIC, ids=str)
 def test_xla_numeric(spec):
@@ -44,9 +39,8 @@ def test_xla_numeric(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", NUMERIC, ids=str)
 def test_mosaic_tpu_numeric(spec):
-    with interpreted():
+    with interpreted_without_races():
         assert error(call(spec), "mosaic_tpu") <= spec.tolerance
-    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.slow
@@ -173,13 +167,12 @@ def test_mosaic_tpu_copies_ahead_without_a_race(build):
     """Several lists, of which some end inside their first block: each starts the copies of the next."""
     arrays = jax.jit(build)(jax.random.key(0))
     function = paged_decode_attention if "table" in arrays else ragged_decode_attention
-    with interpreted():
+    with interpreted_without_races():
         found = jax.jit(lambda arrays: function(**arrays, scale=0.1, implementation="mosaic_tpu"))(arrays)
         jax.block_until_ready(found)
     wanted = function(**arrays, scale=0.1, implementation="reference")
     np.testing.assert_allclose(found.out, wanted.out, atol=1e-5)  # float32 in another order
     np.testing.assert_allclose(found.lse, wanted.lse, atol=1e-5)
-    assert not interpret_pallas_call.races.races_found
 
 
 def test_no_name_picks_the_kernel_of_the_platform_compiled_for():

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from kvx.eval.bench_kernels.ahead_of_time import compile_calls
 from kvx.eval.bench_kernels.calls import Call
@@ -18,6 +16,7 @@ from kvx.eval.bench_kernels.numerics import error
 from kvx.kernels.decode_attention import decode_attention
 from kvx.kernels.sparse_decode_attention import sparse_decode_attention, triton
 from kvx.kernels.sparse_decode_attention.arg_specs import AOT, CI, NUMERIC, sparse
+from tests.kernels.interpreting import interpreted_without_races
 
 ON_GPU = jax.default_backend() == "gpu"
 needs_new = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas on GPUs needs jax 0.11")
@@ -25,10 +24,6 @@ needs_new = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas on
 
 def call(spec) -> Call:
     return Call("sparse_decode_attention", sparse_decode_attention, spec)
-
-
-def interpreted():
-    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
 
 
 @pytest.mark.slow
@@ -40,9 +35,8 @@ def test_xla_numeric(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", NUMERIC, ids=str)
 def test_mosaic_tpu_numeric(spec):
-    with interpreted():
+    with interpreted_without_races():
         assert error(call(spec), "mosaic_tpu") <= spec.tolerance
-    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.slow
@@ -137,7 +131,7 @@ def test_mosaic_tpu_reads_only_chosen_pages_without_a_race():
     chosen = np.asarray(arrays["chosen"]).reshape(2, -1)
     held = np.stack([np.isin(np.arange(64) // 8, row[row >= 0]) for row in chosen])[None, ..., None]
     poisoned = arrays | {name: jnp.where(held, arrays[name], jnp.nan) for name in ("keys", "values")}
-    with interpreted():
+    with interpreted_without_races():
         found = jax.jit(
             lambda arrays: sparse_decode_attention(**arrays, page=8, scale=0.1, implementation="mosaic_tpu")
         )(poisoned)
@@ -145,7 +139,6 @@ def test_mosaic_tpu_reads_only_chosen_pages_without_a_race():
     wanted = sparse_decode_attention(**arrays, page=8, scale=0.1, implementation="reference")
     np.testing.assert_allclose(found.out, wanted.out, atol=1e-5)  # float32 in another order
     np.testing.assert_allclose(found.lse, wanted.lse, atol=1e-5)
-    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from kvx.kernels.write_lanes import write_lanes
+from tests.kernels.interpreting import interpreted_without_races
 
 
 def problem(seed, batch, heads, width, count, size=1, most=1, dtype=jnp.float32):
@@ -48,10 +47,9 @@ def test_those_blocks_change_and_none_beyond_the_end(seed, sizes):
 )
 def test_the_tpu_kernel_writes_the_same(heads, width, count, size, most, dtype):
     array, blocks, rows, wanted = problem(1, 2, heads, width, count, size, most, dtype)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with interpreted_without_races():
         found = jax.jit(lambda *arrays: write_lanes(*arrays, implementation="mosaic_tpu"))(array, blocks, rows)
     np.testing.assert_array_equal(found, wanted)
-    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize(
