@@ -20,8 +20,8 @@ ALLOWED = 0.01
 """Share of the inputs' bytes that temporaries, and single moved arrays, may reach."""
 
 SMALL = 2**21
-"""Bytes that are always allowed: queries are parameters here, whose layout the compiler chooses without asking the kernel
-that reads them, and 128 heads of 576 channels in 8 rows are 1.1 MiB, 3 % of a small latent cache."""
+"""Bytes that are always allowed: queries are parameters here, whose layout the compiler chooses without asking the
+kernel that reads them, and 128 heads of 576 channels in 8 rows are 1.1 MiB, 3 % of a small latent cache."""
 
 _MOVES = re.compile(r"= (\w+)\[([\d,]*)\]\S* (copy|transpose|convert|copy-start)\(")
 _SCOPED = re.compile(r'"memory_space":"1","offset":"\d+","size":"(\d+)"')
