@@ -1,8 +1,8 @@
 """The first pass on a TPU: output and log-sum-exp, skipping the blocks of keys that are out of reach.
 
 The grid's last axis walks the blocks of keys in reach of a block of queries; what is beyond its end fetches nothing.
-The query heads of a KV head follow each other, so that their log-sum-exps leave as one block, rows of a (heads, T) array
-as main memory holds it: written head by head they would be copied once more into that layout.
+The query heads of a KV head follow each other, so that their log-sum-exps leave as one block, rows of a (heads, T)
+array as main memory holds it: written head by head they would be copied into that layout.
 """
 
 from functools import partial
