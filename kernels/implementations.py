@@ -19,6 +19,9 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 """Implementations by platform, best first."""
 
+LANES = 128
+"""Numbers of a row of a TPU's memory and vector unit: a last axis is filled up to whole rows."""
+
 _target: ContextVar[str | None] = ContextVar("target platform of kernels", default=None)
 
 

@@ -20,7 +20,8 @@ from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stage import overrides
-from kvx.stores.dense import Dense, lanes_wanted
+from kvx.stores.dense import Dense
+from kvx.stores.layout import layout_for
 from kvx.tokens import Tokens
 
 
@@ -198,7 +199,7 @@ class Policy:
         answers = [store for store in packed if store is not None]
         if answers:
             return answers[-1]
-        return Dense.pack(tokens.with_form(self.rotated), mask, slots, slots_last=lanes_wanted(tokens))
+        return Dense.pack(tokens.with_form(self.rotated), mask, slots, layout=layout_for(tokens))
 
     def need(self, tokens: Tokens, evidence: Evidence, context: Context) -> Int[Array, ""]:
         """Slots that a stage which `measures` asks for."""

@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from kvx.decoder import AttentionSpec
 from kvx.kernels.decode_attention import decode_attention
-from kvx.kernels.decode_attention.operands import Operand
+from kvx.kernels.decode_attention.operands import Operand, Rows
 from kvx.kernels.latent_decode_attention import latent_decode_attention
-from kvx.kernels.latent_decode_attention.operands import Rows
+from kvx.kernels.latent_decode_attention.operands import Rows as LatentRows
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree, static
 from kvx.rotary import Rotary
@@ -68,18 +68,29 @@ class Query:
             rotated: the queries as the store rotates them; None: at their true positions.
         """
         if self.spec.latent:
-            assert not isinstance(keys, Operand), "latent rows come as they are"
-            return self.attend_rows(keys[:, 0], slots[:, 0], rotated)
+            rows = keys if isinstance(keys, Rows) else Rows(keys)
+            return self.attend_rows(rows.array[:, 0], slots[:, 0], rotated, slots_last=rows.slots_last)
         queries = self.rotated if rotated is None else rotated
         return decode_attention(queries, keys, values, self.positions, slots, **self.masking)
 
     def attend_rows(
-        self, rows: Rows, slots: Int[Array, "B C"], rotated: Float[Array, "B G R T D"] | None = None
+        self,
+        rows: LatentRows,
+        slots: Int[Array, "B C"],
+        rotated: Float[Array, "B G R T D"] | None = None,
+        *,
+        slots_last: bool = False,
     ) -> Partial:
         """As `attend`, of latent attention: over rows [rotary key ; latent], plain or with a coded latent."""
         queries = jnp.swapaxes((self.rotated if rotated is None else rotated)[:, 0], 1, 2)
         part = latent_decode_attention(
-            queries, rows, self.positions, slots, value_dim=self.spec.value_dim, **self.masking
+            queries,
+            rows,
+            self.positions,
+            slots,
+            value_dim=self.spec.value_dim,
+            slots_last=slots_last,
+            **self.masking,
         )
         return Partial(jnp.swapaxes(part.out, 1, 2)[:, None], jnp.swapaxes(part.lse, 1, 2)[:, None])
 

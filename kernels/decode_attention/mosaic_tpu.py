@@ -14,10 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 from kvx.kernels.decode_attention.call import LONGEST_RUN, Call, Found, with_tail_logits
 from kvx.kernels.decode_attention.mosaic_tpu_kernel import Facts, kernel
 from kvx.kernels.decode_attention.operands import Operand, Rows
+from kvx.kernels.implementations import LANES
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.quantize_pack.coded import ChannelCodes
 
-LANES, SUBLANES = 128, 8
+SUBLANES = 8
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.implementations import LANES
 from kvx.kernels.prefill_attention.columns import Column, near_width
 from kvx.kernels.prefill_attention.gradient import Result
 from kvx.kernels.prefill_attention.reach import causal_reaches, reaches
 
-LANES = 128
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvx.kernels.implementations import LANES
 from kvx.kernels.logits import SHARED, visible
 
-LANES = 128
 FLOOR = -1e30
 """Below every logit, and finite: the difference of two of them is 0, where that of two infinities is nan."""
 

@@ -15,10 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt32
 
+from kvx.kernels.implementations import LANES
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes, range_minimum, range_scale
 from kvx.kernels.quantize_pack.uniform_codes import ROUNDING
-
-LANES = 128
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from kvx.kernels.implementations import LANES
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.ragged_decode_attention.reads import Reads
 
 LOWEST = -1e30
 """A finite stand-in for the logit of what is not seen: -inf - -inf is nan."""
-
-LANES = 128
-"""Channels of a row of memory: a narrower array is padded to it, by a copy of the whole cache at every call."""
 
 MOST_QUERIES = 1024
 """Queries of a list: their logits of a block are held in the scratch memory that a kernel has by default."""

@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int, Shaped
 
-LANES = 128
+from kvx.kernels.implementations import LANES
+
 TILES_BYTES = 2**21
 """Of the tiles that are in flight together."""
 

@@ -11,6 +11,7 @@ from kvx.pytree import pytree, static
 from kvx.stage import Stage
 from kvx.stores.dense import Dense
 from kvx.stores.flat import Flat
+from kvx.stores.layout import layout_for
 from kvx.stores.tiers import Tiers
 from kvx.tokens import Tokens
 
@@ -26,5 +27,7 @@ class Flatten(Stage):
     def pack(
         self, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, evidence: Evidence, context: Context
     ) -> Tiers:
-        tail = Dense.pack(tokens.with_form(rotated=True), jnp.zeros_like(mask), round_up(context.spec.room))
+        tokens = tokens.with_form(rotated=True)
+        nothing, room = jnp.zeros_like(mask), round_up(context.spec.room)
+        tail = Dense.pack(tokens, nothing, room, layout=layout_for(tokens))
         return Tiers((tail, Flat.pack(tokens, mask, round_up(self.split.total(context.spec)), closed=True)))

@@ -12,7 +12,7 @@ from kvx.parts.chance import uniforms
 from kvx.parts.losers import Losers
 from kvx.parts.ranking import ranks
 from kvx.pytree import pytree, static
-from kvx.stores.dense import weakest_several
+from kvx.stores.slots import weakest_several
 from kvx.tokens import Tokens
 
 FLOW = "flow"

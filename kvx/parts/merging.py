@@ -11,7 +11,7 @@ from kvx.context import Context
 from kvx.evidence import Evidence
 from kvx.parts.losers import Losers
 from kvx.pytree import pytree, static
-from kvx.stores.dense import weakest
+from kvx.stores.slots import weakest
 from kvx.tokens import Tokens
 
 BLOCK = 128

@@ -15,7 +15,7 @@ from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
 from kvx.stores.codes import write_slots
-from kvx.stores.dense import first_empty, weakest_several, write_slot
+from kvx.stores.slots import first_empty, weakest_several, write_slot
 from kvx.tokens import Tokens
 
 

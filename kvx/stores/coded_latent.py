@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.kernels.decode_attention import decode_probabilities
+from kvx.kernels.decode_attention.operands import Rows
 from kvx.kernels.latent_decode_attention import CodedRows
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.quantize_pack.coded import TokenCodes
@@ -14,8 +15,8 @@ from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
 from kvx.stores.coded import Code
-from kvx.stores.codes import write_slots
-from kvx.stores.dense import empty_slots, scatter, weakest_several
+from kvx.stores.codes import write_columns, write_slots
+from kvx.stores.slots import empty_slots, scatter, weakest_several
 from kvx.tokens import Tokens
 
 
@@ -28,11 +29,11 @@ class CodedLatent:
     r * bits / 8 for codes, 4 * r / n for 16-bit scales and minima, 4 for the position, 4 for each statistic.
 
     Attributes:
-        turned: rotary keys, rotated, in the cache's dtype.
+        turned: rotary keys, rotated, in the cache's dtype; slots last, as those of codes are.
         latents: codes of the latents, which are the values too.
     """
 
-    turned: Float[Array, "B G C P"]
+    turned: Float[Array, "B G P C"]
     latents: TokenCodes
     slots: Int[Array, "B G C"]
     rotary: Rotary
@@ -52,24 +53,24 @@ class CodedLatent:
         turned, latents = _split(tokens, self.code)
         return replace(
             self,
-            turned=scatter(self.turned, slots, turned),
+            turned=write_columns(self.turned, slots, turned),
             latents=write_slots(self.latents, slots, latents),
             slots=scatter(self.slots, slots, tokens.positions),
             stats={name: scatter(stat, slots, tokens.stats[name]) for name, stat in self.stats.items()},
         )
 
     def read(self, query: Query) -> Partial:
-        return query.attend_rows(CodedRows(self.turned[:, 0], self.latents), self.slots[:, 0])
+        return query.attend_rows(CodedRows(self.turned[:, 0], self.latents), self.slots[:, 0], slots_last=True)
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
-        keys = self._keys(query)
+        keys = Rows(self._keys(query), slots_last=True)
         return decode_probabilities(query.rotated, keys, query.positions, self.slots, lse, **query.masking)
 
     def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "CodedLatent":
         return replace(self, slots=jnp.where(weakest_several(scores, self.slots, excess, most), -1, self.slots))
 
     def tokens(self) -> Tokens:
-        keys = self._keys()
+        keys = jnp.swapaxes(self._keys(), -1, -2)
         return Tokens(keys, keys[..., :0], self.slots, self.rotary, self.stats)
 
     def positions(self) -> Int[Array, "B G C"]:
@@ -85,14 +86,13 @@ class CodedLatent:
     def bytes_read(self) -> int:
         return nbytes(self)
 
-    def _keys(self, query: Query | None = None) -> Float[Array, "B G C D"]:
+    def _keys(self, query: Query | None = None) -> Float[Array, "B G D C"]:
         """Rows [rotary key ; latent] in the cache's dtype; not before the query is known, see `TokenCodes.decode`."""
         latents = self.latents.decode(after=None if query is None else query.raw[:, :, 0, 0, 0])
-        latents = jnp.swapaxes(latents, -1, -2).astype(self.turned.dtype)
-        return jnp.concatenate([self.turned, latents], axis=-1)
+        return jnp.concatenate([self.turned, latents.astype(self.turned.dtype)], axis=-2)
 
 
-def _split(tokens: Tokens, code: Code) -> tuple[Float[Array, "B G T P"], TokenCodes]:
+def _split(tokens: Tokens, code: Code) -> tuple[Float[Array, "B G P T"], TokenCodes]:
     """Rotated rotary keys, and coded latents."""
     keys, width = tokens.rotated_keys, tokens.rotary.width
-    return keys[..., :width], code.encode(keys[..., width:])
+    return jnp.swapaxes(keys[..., :width], -1, -2), code.encode(keys[..., width:])

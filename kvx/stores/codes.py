@@ -6,11 +6,11 @@ The arrays themselves are the kernels' (`kvx.kernels.quantize_pack.coded`): one 
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 from kvx.kernels.write_lanes import write_lanes
-from kvx.stores.dense import scatter
+from kvx.stores.slots import scatter
 
 
 def write_blocks(codes: ChannelCodes, blocks: Int[Array, "B G m"], new: ChannelCodes) -> ChannelCodes:
@@ -32,15 +32,20 @@ def write_blocks(codes: ChannelCodes, blocks: Int[Array, "B G m"], new: ChannelC
 def write_slots(codes: TokenCodes, slots: Int[Array, "B G m"], new: TokenCodes) -> TokenCodes:
     """With the slots of `new` at these indices, ascending; a slot beyond the last writes nothing."""
 
-    def put(array, columns):
-        return write_lanes(array, slots, jnp.swapaxes(columns, -1, -2)[..., None])
-
+    lower = codes.lower
     return replace(
         codes,
-        words=put(codes.words, new.words),
-        ranges=put(codes.ranges, new.ranges),
-        lower=codes.lower if codes.lower is None or new.lower is None else put(codes.lower, new.lower),
+        words=write_columns(codes.words, slots, new.words),
+        ranges=write_columns(codes.ranges, slots, new.ranges),
+        lower=lower if lower is None or new.lower is None else write_columns(lower, slots, new.lower),
     )
+
+
+def write_columns(
+    array: Shaped[Array, "B G W C"], slots: Int[Array, "B G m"], columns: Shaped[Array, "B G W m"]
+) -> Shaped[Array, "B G W C"]:
+    """With the columns of these slots, ascending, overwritten; a slot beyond the last writes nothing."""
+    return write_lanes(array, slots, jnp.swapaxes(columns, -1, -2)[..., None])
 
 
 def never(numbers: Float[Array, "B G *rest"]) -> Bool[Array, "B G 1"]:

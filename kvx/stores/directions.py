@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvx.pytree import pytree
 from kvx.stores.base import nbytes
-from kvx.stores.dense import write_slot
+from kvx.stores.slots import write_slot
 
 NEAR = 1e-4
 """Radians within which two directions count as equal, or as opposite: there sin(angle) carries no digits."""

@@ -12,7 +12,8 @@ from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
-from kvx.stores.dense import empty_slots, scatter, weakest_several
+from kvx.stores.layout import APART, Layout, layout_for
+from kvx.stores.slots import empty_slots, scatter, weakest_several
 from kvx.tokens import Tokens, attended_values, held_values
 
 
@@ -30,17 +31,18 @@ class Flat:
     Bytes per slot: (D + V) * itemsize + 4 for the position + 1 for the owner + its statistics.
 
     Attributes:
-        keys, values: rotated keys and values.
+        keys, values: rotated keys and values, as the layout holds them.
         owners: KV head of each slot.
         slots: true positions, -1 where empty.
         heads: KV heads of the layer.
         shared_stats: statistics by slot.
         starts, lengths: of a store that nothing is appended to, each head's run of slots, which is read alone; else
             None.
+        layout: how keys and values lie in memory.
     """
 
-    keys: Float[Array, "B N D"]
-    values: Float[Array, "B N V"]
+    keys: Float[Array, "B N m"]
+    values: Float[Array, "B N n"]
     owners: Int8[Array, "B N"]
     slots: Int[Array, "B N"]
     rotary: Rotary
@@ -48,6 +50,7 @@ class Flat:
     shared_stats: dict[str, Shaped[Array, "B N"]] = field(default_factory=dict)
     starts: Int[Array, "B G"] | None = None
     lengths: Int[Array, "B G"] | None = None
+    layout: Layout = static(APART)
 
     @classmethod
     def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], total: int, *, closed: bool = False) -> "Flat":
@@ -68,12 +71,15 @@ class Flat:
         ).select(flat(mask), total)
         stats = {name: stat[:, 0] for name, stat in run.stats.items()}
         owner = stats.pop("owner")
-        store = cls(run.keys[:, 0], run.values[:, 0], owner, run.positions[:, 0], tokens.rotary, heads, stats)
+        rows = run.keys[:, 0], run.values[:, 0]
+        store = cls(*rows, owner, run.positions[:, 0], tokens.rotary, heads, stats)
         if not closed:
             return store
+        layout = layout_for(tokens, by_rows=True)
+        keys, values = layout.hold(rows)
         ends = jnp.minimum(jnp.cumsum(jnp.sum(mask & tokens.present, axis=-1), axis=1), total).astype(jnp.int32)
         starts = jnp.pad(ends, ((0, 0), (1, 0)))[:, :-1]
-        return replace(store, starts=starts, lengths=ends - starts)
+        return replace(store, keys=keys, values=values, starts=starts, lengths=ends - starts, layout=layout)
 
     def append(self, tokens: Tokens) -> "Flat":
         """A token of every head (or several), while there are as many empty slots."""
@@ -120,7 +126,8 @@ class Flat:
         return replace(self, slots=jnp.where(gone, -1, self.slots))
 
     def tokens(self) -> Tokens:
-        return Tokens(self._shown(self.keys), self._shown(self.values), self.positions(), self.rotary, self.stats)
+        keys, values = (self._shown(array) for array in self.layout.show((self.keys, self.values)))
+        return Tokens(keys, values, self.positions(), self.rotary, self.stats)
 
     def positions(self) -> Int[Array, "B G C"]:
         heads = jnp.arange(self.heads, dtype=jnp.int8)
@@ -149,7 +156,8 @@ class Flat:
     def _logits(self, query: Query) -> Float[Array, "B GRT N"]:
         batch, kv_heads, group, length, dim = query.raw.shape
         rows = query.rotated.reshape(batch, kv_heads * group * length, dim)
-        logits = scaled_logits(rows, self.keys, query.spec.scale, query.spec.softcap)
+        keys, _ = self.layout.show((self.keys, self.values))
+        logits = scaled_logits(rows, keys, query.spec.scale, query.spec.softcap)
         seen = visible(
             query.positions[:, None, None, :, None], self.positions()[:, :, None, None, :], query.spec.window
         )

@@ -13,7 +13,8 @@ from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
 from kvx.stores.codes import never, write_blocks, write_slots
-from kvx.stores.dense import Dense, scatter
+from kvx.stores.dense import Dense
+from kvx.stores.slots import scatter
 from kvx.tokens import Tokens, concatenate
 
 

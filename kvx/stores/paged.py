@@ -12,8 +12,10 @@ from kvx.kernels.page_scores import page_scores
 from kvx.kernels.sparse_decode_attention import sparse_decode_attention
 from kvx.pytree import pytree, static
 from kvx.query import Query
-from kvx.stores.dense import Dense, first_empty, write_slot
+from kvx.stores.dense import Dense
+from kvx.stores.layout import layout_for
 from kvx.stores.over_dense import OverDense
+from kvx.stores.slots import first_empty, write_slot
 from kvx.tokens import Tokens, held_values
 
 
@@ -53,8 +55,9 @@ class Paged(OverDense):
         group: str = "max",
     ) -> "Paged":
         """The tokens in `mask`, gathered in order into whole pages."""
-        inner = Dense.pack(tokens.with_form(rotated=True), mask, -(-capacity // page) * page)
-        extremes = _extremes(_paged(inner.keys, page), _paged(inner.slots, page))
+        slots, layout = -(-capacity // page) * page, layout_for(tokens, by_rows=True)
+        inner = Dense.pack(tokens.with_form(rotated=True), mask, slots, layout=layout)
+        extremes = _extremes(_paged(inner.tokens().keys, page), _paged(inner.slots, page))
         return cls(inner, extremes, budget, page, min(most, extremes.shape[2]), group)
 
     def append(self, tokens: Tokens) -> "Paged":
@@ -63,7 +66,8 @@ class Paged(OverDense):
         # The page is bounded anew from its slots, since a reused slot may have held an extreme.
         index = jnp.minimum(slot // self.page, self.extremes.shape[2] - 1)
         page = index[..., None]
-        fresh = _extremes(self._pages(inner.keys, page), self._pages(inner.slots, page))
+        touched = self._pages(inner.keys, page), self._pages(inner.values, page)
+        fresh = _extremes(inner.layout.show(touched)[0], self._pages(inner.slots, page))
         return replace(self, inner=inner, extremes=write_slot(self.extremes, index, fresh[:, :, 0]))
 
     def read(self, query: Query) -> Partial:
@@ -82,9 +86,10 @@ class Paged(OverDense):
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         index, chosen = self.choose(query)
-        keys = _merged(self._pages(self.inner.keys, index))
+        held = tuple(_merged(self._pages(array, index)) for array in (self.inner.keys, self.inner.values))
+        queries, keys = self.inner.layout.asked(query.rotated, held)
         slots = self._chosen_slots(index, chosen)
-        read = decode_probabilities(query.rotated, keys, query.positions, slots, lse, **query.masking)
+        read = decode_probabilities(queries, keys, query.positions, slots, lse, **query.masking)
         read = jnp.moveaxis(read, -1, 2).reshape(*index.shape, self.page, *read.shape[2:4])
         batch, heads = jnp.ogrid[: index.shape[0], : index.shape[1]]
         everything = jnp.zeros((*self.extremes.shape[:3], *read.shape[3:]), read.dtype)

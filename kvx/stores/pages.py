@@ -14,6 +14,7 @@ from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
 from kvx.stores.forked import Forked, Shared
+from kvx.stores.layout import APART, Layout, layout_for
 from kvx.tokens import Tokens, held_values
 
 TURN = 256
@@ -32,20 +33,22 @@ class Pages:
     Bytes: N p ((D + V) itemsize + 4) for the pool and its positions, 4 (P + 1) a KV head for table and count.
 
     Attributes:
-        keys, values: the pool; keys rotated.
+        keys, values: the pool; keys rotated; as the layout holds them.
         slots: true positions in the pool. What lies beyond a head's count means nothing.
         table: page of each run of p tokens, -1 for none.
         used: tokens that a head holds.
         room: static; new tokens a head has pages for, beyond those it was made with.
+        layout: how keys and values lie in memory.
     """
 
-    keys: Float[Array, "N p D"]
-    values: Float[Array, "N p V"]
+    keys: Float[Array, "N p m"]
+    values: Float[Array, "N p n"]
     slots: Int[Array, "N p"]
     table: Int[Array, "B G P"]
     used: Int[Array, "B G"]
     rotary: Rotary
     room: int = static()
+    layout: Layout = static(APART)
 
     @classmethod
     def pack(
@@ -59,14 +62,16 @@ class Pages:
         """
         tokens, mask = tokens.with_form(rotated=True), mask & tokens.present
         used = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+        layout = layout_for(tokens, by_rows=True)
+        empty = (jnp.zeros((pages, page, array.shape[-1]), array.dtype) for array in (tokens.keys, tokens.values))
         pool = cls(
-            jnp.zeros((pages, page, tokens.keys.shape[-1]), tokens.keys.dtype),
-            jnp.zeros((pages, page, tokens.values.shape[-1]), tokens.values.dtype),
+            *layout.hold(tuple(empty)),
             jnp.full((pages, page), -1, jnp.int32),
             _handed_out(pages_for(used, page, room), -(-(longest + room) // page)),
             used,
             tokens.rotary,
             room,
+            layout,
         )
         return pool._written(tokens, mask, jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1)
 
@@ -161,10 +166,11 @@ class Pages:
         def write(array, value):
             return array.at[where].set(value.astype(array.dtype), mode="drop", unique_indices=True)
 
+        keys, values = self.layout.hold((tokens.keys, tokens.values))
         return replace(
             self,
-            keys=write(self.keys, tokens.keys),
-            values=write(self.values, tokens.values),
+            keys=write(self.keys, keys),
+            values=write(self.values, values),
             slots=write(self.slots, tokens.positions),
         )
 
@@ -188,11 +194,11 @@ class Pages:
     def _pages(self, runs: Int[Array, "n"]) -> tuple[Array, Array, Int[Array, "B G C"]]:
         """Keys, values and positions of some runs; zeros where there is no token, since 0 * nan would be nan."""
         positions, pages = self._positions(runs), self._page_of(runs)
-        keys, values = (
+        held = tuple(
             jnp.where((positions >= 0)[..., None], array[pages].reshape(*positions.shape, array.shape[-1]), 0)
             for array in (self.keys, self.values)
         )
-        return keys, values, positions
+        return *self.layout.show(held), positions
 
     def _page_of(self, runs: Int[Array, "n"]) -> Int[Array, "B G n"]:
         """In range also where there is none: what is read there is not used."""

@@ -12,8 +12,9 @@ from kvx.places import place
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
-from kvx.stores.dense import Dense, first_empty, write_slot
+from kvx.stores.dense import Dense
 from kvx.stores.directions import Blend, Directions
+from kvx.stores.slots import first_empty, write_slot
 from kvx.tokens import Tokens, concatenate
 
 LOWER, UPPER = 0, 1

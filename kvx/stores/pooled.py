@@ -19,7 +19,7 @@ from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
 from kvx.stores.base import nbytes
-from kvx.stores.dense import weakest, write_slot
+from kvx.stores.slots import weakest, write_slot
 from kvx.tokens import Tokens, held_values
 
 BLOCK = 128

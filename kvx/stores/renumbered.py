@@ -5,12 +5,13 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvx.kernels.decode_attention import decode_probabilities
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree
 from kvx.query import Query
-from kvx.stores.dense import Dense, write_slot
+from kvx.stores.dense import Dense
+from kvx.stores.layout import layout_for
 from kvx.stores.over_dense import OverDense
+from kvx.stores.slots import write_slot
 from kvx.tokens import Tokens
 
 
@@ -32,8 +33,8 @@ class Renumbered(OverDense):
     @classmethod
     def pack(cls, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int) -> "Renumbered":
         """The tokens in `mask`, gathered in order."""
-        inner = Dense.pack(tokens.with_form(rotated=False), mask, capacity)
-        return cls(inner, jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), inner.slots.shape))
+        inner = Dense.pack(tokens.with_form(rotated=False), mask, capacity, layout=layout_for(tokens))
+        return cls(inner, jnp.broadcast_to(jnp.arange(inner.slots.shape[-1], dtype=jnp.int32), inner.slots.shape))
 
     def append(self, tokens: Tokens) -> "Renumbered":
         slot = jnp.min(
@@ -42,12 +43,10 @@ class Renumbered(OverDense):
         return replace(self, inner=self.inner.append(tokens), places=write_slot(self.places, slot, self._count()))
 
     def read(self, query: Query) -> Partial:
-        queries, keys = self._rotated(query)
-        return query.attend(keys, self.inner.values, self.inner.slots, rotated=queries)
+        return self._turned().read(query, self._at_newest(query))
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
-        queries, keys = self._rotated(query)
-        return decode_probabilities(queries, keys, query.positions, self.inner.slots, lse, **query.masking)
+        return self._turned().probabilities(query, lse, self._at_newest(query))
 
     def release(self, scores: Float[Array, "B G C"], excess: Int[Array, "B G"], most: int = 1) -> "Renumbered":
         inner = self.inner.release(scores, excess, most)
@@ -64,16 +63,19 @@ class Renumbered(OverDense):
         return replace(self, inner=self.inner.write_values(slots, values))
 
     def dense(self) -> tuple[Float[Array, "B G C D"], Float[Array, "B G C V"], Int[Array, "B G C"]]:
-        return self._turned(), self.inner.tokens().attended_values, self.inner.slots
+        return self._turned().dense()
 
     def _count(self) -> Int[Array, "B G"]:
         return jnp.sum(self.inner.slots >= 0, axis=-1, dtype=jnp.int32)
 
-    def _turned(self) -> Float[Array, "B G C D"]:
-        return self.inner.rotary(self.inner.keys, self.places)
+    def _turned(self) -> Dense:
+        """The slots with keys rotated at their places."""
+        held = self.inner.tokens()
+        keys, values = self.inner.layout.hold((held.rotary(held.keys, self.places), held.values))
+        return replace(self.inner, keys=keys, values=values, rotated=True)
 
-    def _rotated(self, query: Query) -> tuple[Float[Array, "B G R T D"], Float[Array, "B G C D"]]:
-        """Queries at the places of the newest tokens, keys at their own."""
+    def _at_newest(self, query: Query) -> Float[Array, "B G R T D"]:
+        """Queries at the places of the newest tokens."""
         length = query.raw.shape[3]
         newest = self._count()[..., None] - length + jnp.arange(length)
-        return query.at(jnp.maximum(newest, 0)), self._turned()
+        return query.at(jnp.maximum(newest, 0))

@@ -14,8 +14,9 @@ from kvx.parts.ranking import top
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
-from kvx.stores.dense import Dense, scatter
+from kvx.stores.dense import Dense
 from kvx.stores.host import OnHost
+from kvx.stores.slots import scatter
 from kvx.tokens import Tokens, concatenate
 
 TURN = 16

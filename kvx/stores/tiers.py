@@ -11,7 +11,7 @@ from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.pytree import pytree
 from kvx.query import Query
 from kvx.stores.base import Store
-from kvx.stores.dense import weakest
+from kvx.stores.slots import weakest
 from kvx.tokens import Tokens, concatenate
 
 
