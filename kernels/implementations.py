@@ -19,6 +19,9 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 """Implementations by platform, best first."""
 
+KERNELS = ("mosaic_tpu", "triton")
+"""Written in Pallas: each refuses some arguments, and XLA cannot split them over a mesh (`kvx.kernels.over_mesh`)."""
+
 LANES = 128
 """Numbers of a row of a TPU's memory and vector unit: a last axis is filled up to whole rows."""
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from kvx.kernels.decode_attention import xla
 from kvx.kernels.decode_attention.call import Call, Found
 from kvx.kernels.decode_attention.operands import Operand, Rows, Tail
-from kvx.kernels.implementations import choose
+from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.logits import scaled_logits, slot_probabilities, visible
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
@@ -215,7 +215,7 @@ def _call(
 
 def _attend(name: str, call: Call, *tuning: Any) -> Found:
     attend = import_module(f"{__name__}.{name}").attend
-    if name in ("reference", "xla"):
+    if name not in KERNELS:
         return attend(call, *tuning)
 
     def run(*own: Any) -> Found:
@@ -226,6 +226,6 @@ def _attend(name: str, call: Call, *tuning: Any) -> Found:
 
 def _refusal(name: str, call: Call) -> str | None:
     """Why an implementation cannot take the call; None if it can."""
-    if name in ("reference", "xla"):
+    if name not in KERNELS:
         return None
     return import_module(f"{__name__}.{name}").refusal(call)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from kvx.kernels.implementations import choose
+from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 
 NAMES = ("reference", "xla", "mosaic_tpu", "triton")
@@ -44,7 +44,7 @@ def hadamard(
         raise ValueError(f"x has {channels} channels, allowed: powers of two")
 
     def refusal(name: str) -> str | None:
-        if name not in ("mosaic_tpu", "triton"):
+        if name not in KERNELS:
             return None
         if not 16 <= channels <= 256:
             return f"x has {channels} channels, it takes 16 to 256"
@@ -61,4 +61,4 @@ def _module(name: str) -> Any:
 def _run(name: str, x: Float[Array, "*batch N M"], **options: Any) -> Float[Array, "*batch N M"]:
     transform = partial(_module(name).hadamard, **options)
     leading = (ROWS + KV_HEADS)[: x.ndim - 2]
-    return transform(x) if name in ("reference", "xla") else over_mesh(transform, [leading], leading)(x)
+    return over_mesh(transform, [leading], leading)(x) if name in KERNELS else transform(x)

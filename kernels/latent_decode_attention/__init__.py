@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from kvx.kernels.implementations import choose
+from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, width
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.over_mesh import HEADS, ROWS, WHOLE, over_mesh
@@ -61,7 +61,7 @@ def latent_decode_attention(
     _check(queries, rows, key_positions, value_dim, slots_last)
 
     def refusal(name: str) -> str | None:
-        if name not in ("mosaic_tpu", "triton"):
+        if name not in KERNELS:
             return None
         return _module(name).refusal(queries, rows, value_dim, slots_last, tuning)
 
@@ -88,7 +88,7 @@ def _module(name: str) -> Any:
 
 def _attend(name: str, *arrays: Any, **options: Any) -> Partial:
     attend = partial(_module(name).latent_decode_attention, **options)
-    if name in ("reference", "xla"):
+    if name not in KERNELS:
         return attend(*arrays)
     return over_mesh(attend, [ROWS + WHOLE + HEADS, *ROWS * 4], ROWS + WHOLE + HEADS)(*arrays)
 

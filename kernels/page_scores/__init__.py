@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from kvx.kernels.implementations import choose
+from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.page_scores import mosaic_tpu, reference, triton, xla
 
@@ -50,7 +50,7 @@ def page_scores(
     modules = {"reference": reference, "xla": xla, "mosaic_tpu": mosaic_tpu, "triton": triton}
 
     def refusal(name: str) -> str | None:
-        return modules[name].refusal(queries, bounds) if name in ("mosaic_tpu", "triton") else None
+        return modules[name].refusal(queries, bounds) if name in KERNELS else None
 
     def run(module: Any) -> Float[Array, "B G P"]:
         options = {"tuning": tuning} if isinstance(tuning, getattr(module, "Tuning", ())) else {}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from kvx.kernels.implementations import choose
+from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 from kvx.kernels.quantize_pack.uniform_codes import (
@@ -117,7 +117,7 @@ def unpack_dequantize(
 def _split(implementation: str, function: str) -> Callable[..., Any]:
     """An implementation's function, split over a mesh if it is a kernel."""
     run = partial(_run, implementation, function)
-    if implementation in ("reference", "xla"):
+    if implementation not in KERNELS:
         return run
     both = ROWS + KV_HEADS
     return lambda array, **options: over_mesh(partial(run, **options), [both], both)(array)

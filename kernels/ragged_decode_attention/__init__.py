@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvx.kernels.implementations import choose
+from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.ragged_decode_attention import mosaic_tpu, reference, triton, xla
@@ -197,7 +197,7 @@ def attend(
     offered = {"reference": reference, "xla": None, "mosaic_tpu": mosaic_tpu, "triton": triton}
 
     def refusal(name: str) -> str | None:
-        return offered[name].refusal(form(*arrays)[0]) if name in ("mosaic_tpu", "triton") else None  # type: ignore[union-attr]
+        return offered[name].refusal(form(*arrays)[0]) if name in KERNELS else None  # type: ignore[union-attr]
 
     def run(module: Any) -> Partial:
         options = {"tuning": tuning} if isinstance(tuning, getattr(module, "Tuning", ())) else {}
