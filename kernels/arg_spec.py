@@ -46,20 +46,31 @@ class ArgSpec:
         """Random inputs on the default device."""
         return jax.jit(self.build)(jax.random.key(seed))
 
-    def abstract(self) -> dict[str, Any]:
-        """Shapes and dtypes of the inputs, without memory."""
-        return jax.eval_shape(self.build, jax.random.key(0))
+    def described(self) -> tuple[list[jax.ShapeDtypeStruct], Callable[[list[Any]], dict[str, Any]]]:
+        """Shapes and dtypes of the inputs, flat, without memory; and what makes inputs of arrays like these.
+
+        Flat, since operands check what they hold: a tree of descriptions is none of theirs.
+        """
+        trees = []
+
+        def leaves(key: jax.Array) -> list[jax.Array]:
+            found, tree = jax.tree.flatten(self.build(key))
+            trees.append(tree)
+            return found
+
+        return jax.eval_shape(leaves, jax.random.key(0)), trees[0].unflatten
 
     def argument_bytes(self) -> int:
         """Bytes of the inputs."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract()))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.described()[0])
 
     def bytes_moved(self, function: Callable[..., Any]) -> int:
         """Bytes that the call must move through the device's memory: inputs read once, outputs written once."""
         if self.moved is not None:
             return self.moved
-        found = jax.eval_shape(lambda arrays: function(**arrays, **self.options), self.abstract())
-        return self.argument_bytes() + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
+        shapes, inputs = self.described()
+        found = jax.eval_shape(lambda leaves: jax.tree.leaves(function(**inputs(leaves), **self.options)), shapes)
+        return self.argument_bytes() + sum(leaf.size * leaf.dtype.itemsize for leaf in found)
 
     def __str__(self) -> str:
         return self.name

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 import kvx.kernels
 from kvx.errors import unknown
 from kvx.kernels.arg_spec import ArgSpec
@@ -25,10 +27,17 @@ class Call:
     function: Callable[..., Any]
     spec: ArgSpec
 
-    def bound(self, implementation: str | None, **more: Any) -> Callable[[dict[str, Any]], Any]:
-        """The call as a function of its arrays."""
+    def bound(
+        self, implementation: str | None, **more: Any
+    ) -> tuple[Callable[[list[Any]], Any], list[jax.ShapeDtypeStruct]]:
+        """The call as a function of its arrays, flat, and what they are (`ArgSpec.described`)."""
         options = dict(self.spec.options) | {"implementation": implementation} | more
-        return lambda arrays: self.function(**arrays, **options)
+        shapes, inputs = self.spec.described()
+        return lambda leaves: self.function(**inputs(leaves), **options), shapes
+
+    def arrays(self, seed: int = 0) -> list[jax.Array]:
+        """Random arrays, flat."""
+        return jax.tree.leaves(self.spec.arrays(seed))
 
     def __str__(self) -> str:
         name = self.spec.function or self.operation

@@ -72,18 +72,18 @@ def _programs(
     for implementation in implementations(call.operation):
         if implementation in chosen:
             for tuning in (None, *candidates(call.operation, implementation)) if tune else (None,):
-                function = call.bound(implementation, **({} if tuning is None else {"tuning": tuning}))
+                bound = call.bound(implementation, **({} if tuning is None else {"tuning": tuning}))
                 name = call.spec.function or call.operation
                 row = Row(name, call.spec.name, implementation, None, tuning=None if tuning is None else str(tuning))
-                yield row, pool.submit(_compiled, function, call)
+                yield row, pool.submit(_compiled, *bound)
 
 
-def _compiled(function: Any, call: Call) -> Any:
-    return jax.jit(function).lower(call.spec.abstract()).compile()
+def _compiled(function: Any, shapes: list[jax.ShapeDtypeStruct]) -> Any:
+    return jax.jit(function).lower(shapes).compile()
 
 
 def _builder(call: Call) -> Any:
-    return jax.jit(call.spec.build).lower(jax.random.key(0)).compile()
+    return jax.jit(lambda key: jax.tree.leaves(call.spec.build(key))).lower(jax.random.key(0)).compile()
 
 
 def _timed(row: Row, program: Future[Any], call: Call, inputs: list[Any], bandwidth: float) -> Row:

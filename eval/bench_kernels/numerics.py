@@ -45,7 +45,7 @@ def check(calls: Sequence[Call], chosen: tuple[str, ...], seed: int = 0) -> Iter
             programs = [(name, pool.submit(_compiled, call, name)) for name in names]
             work.append((call, programs, pool.submit(_compiled, call, "reference")))
         for call, programs, reference in work:
-            arrays = call.spec.arrays(seed)
+            arrays = call.arrays(seed)
             for name, program in programs:
                 try:
                     error, problem = _error(reference.result()(arrays), program.result()(arrays)), None
@@ -56,14 +56,15 @@ def check(calls: Sequence[Call], chosen: tuple[str, ...], seed: int = 0) -> Iter
 
 def error(call: Call, implementation: str, seed: int = 0, **more: Any) -> float:
     """`Checked.error` of one implementation on one call, with more arguments of its own such as `tuning`."""
-    arrays = call.spec.arrays(seed)
+    arrays = call.arrays(seed)
     return _error(_compiled(call, "reference")(arrays), _compiled(call, implementation, **more)(arrays))
 
 
 def _compiled(call: Call, implementation: str, **more: Any) -> Any:
     precision = "highest" if implementation == "reference" else None
     with jax.default_matmul_precision(precision):
-        return jax.jit(call.bound(implementation, **more)).lower(call.spec.abstract()).compile()
+        function, shapes = call.bound(implementation, **more)
+        return jax.jit(function).lower(shapes).compile()
 
 
 def _error(wanted: Any, found: Any) -> float:
@@ -72,7 +73,7 @@ def _error(wanted: Any, found: Any) -> float:
 
 
 def _difference(wanted: jax.Array, found: jax.Array) -> float:
-    if wanted.shape != found.shape:
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
         return float("inf")
     if not jnp.issubdtype(wanted.dtype, jnp.floating):
         return float(np.mean(np.asarray(wanted) != np.asarray(found)))

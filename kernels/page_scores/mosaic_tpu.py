@@ -1,4 +1,7 @@
-"""Page scores on a TPU: a step a block of pages, whose bounds are read once for all queries of their KV head."""
+"""Page scores on a TPU: a step a block of pages, whose bounds are read once for all queries of their KV head.
+
+The heads of a row follow each other, so that their scores leave as one block of (heads, pages), as memory holds them.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -39,21 +42,20 @@ def scores(
 ) -> Float[Array, "B G P"]:
     """-inf for an empty page."""
     batch, heads, pages, width = bounds.shape
-    rows = split_by_sign(queries).reshape(batch * heads, -1, width)
+    rows = split_by_sign(queries).reshape(batch, heads, -1, width)
     block = min(tuning.block, pages)
-    found = pl.pallas_call(
+    return pl.pallas_call(
         partial(_scores, group=group),
-        grid=(batch * heads, pl.cdiv(pages, block)),
+        grid=(batch, pl.cdiv(pages, block), heads),
         in_specs=[
-            pl.BlockSpec((None, rows.shape[1], width), lambda one, _: (one, 0, 0)),
-            pl.BlockSpec((None, block, width), lambda one, step: (one, step, 0)),
+            pl.BlockSpec((None, None, rows.shape[2], width), lambda row, _, head: (row, head, 0, 0)),
+            pl.BlockSpec((None, None, block, width), lambda row, step, head: (row, head, step, 0)),
         ],
-        out_specs=pl.BlockSpec((None, 1, block), lambda one, step: (one, 0, step)),
-        out_shape=jax.ShapeDtypeStruct((batch * heads, 1, pages), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        out_specs=pl.BlockSpec((None, heads, block), lambda row, step, _: (row, 0, step)),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, pages), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         name="page_scores",
-    )(rows, bounds.reshape(batch * heads, pages, width))
-    return found.reshape(batch, heads, pages)
+    )(rows, bounds)
 
 
 def _scores(rows_ref: Any, bounds_ref: Any, out_ref: Any, *, group: str) -> None:
@@ -67,4 +69,4 @@ def _scores(rows_ref: Any, bounds_ref: Any, out_ref: Any, *, group: str) -> None
         preferred_element_type=jnp.float32,
     )
     reduce = jnp.max if group == "max" else jnp.mean
-    out_ref[...] = reduce(empty_as_lowest(products), axis=0, keepdims=True)
+    out_ref[pl.ds(pl.program_id(2), 1), :] = reduce(empty_as_lowest(products), axis=0, keepdims=True)

@@ -72,7 +72,7 @@ def _build(
     return found
 
 
-def _small(name: str, shape: tuple[int, int, int, int, int, int], dtype: Any, **more: Any) -> ArgSpec:
+def small(name: str, shape: tuple[int, int, int, int, int, int], dtype: Any, **more: Any) -> ArgSpec:
     """A shape (batch, KV heads, group, length, past, head dim)."""
     batch, kv_heads, group, length, past, dim = shape
     inputs = {"ragged": more.pop("ragged", False), "documents": more.pop("documents", 0)}
@@ -85,7 +85,7 @@ def _small(name: str, shape: tuple[int, int, int, int, int, int], dtype: Any, **
 
 
 NUMERIC = tuple(
-    _small(name, shape, dtype, **more)
+    small(name, shape, dtype, **more)
     for dtype in (jnp.float32, jnp.bfloat16)
     for name, shape, more in (
         ("causal d64", (1, 2, 3, 256, 0, 64), {}),

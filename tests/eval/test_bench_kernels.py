@@ -69,9 +69,11 @@ def test_a_moved_cache_a_temporary_and_a_refusal_are_not_good():
     assert replace(fine, fits=False).good and "does not fit" in tables.compiled([replace(fine, fits=False)])
 
 
-def test_copies_are_read_from_a_programs_text():
-    text = "  %c = bf16[2,64]{1,0:T(8,128)(2,1)} copy(bf16[2,64] %p)\n  %d = f32[8] add(f32[8] %a, f32[8] %b)\n"
-    assert list(_moves(text)) == [("copy", 256)]
+def test_copies_are_read_from_a_programs_text_and_fetches_are_none():
+    copied = "  %c = bf16[2,64]{1,0:T(8,128)(2,1)} copy(bf16[2,64] %p)\n"
+    added = "  %d = f32[8] add(f32[8] %a, f32[8] %b)\n"
+    fetched = "  %e = bf16[2,64]{1,0:T(8,128)(2,1)S(1)} copy(bf16[2,64] %p)\n"
+    assert list(_moves(copied + added + fetched)) == [("copy", 256)]
 
 
 def test_every_operation_lists_its_shapes_and_unknown_ones_are_refused():

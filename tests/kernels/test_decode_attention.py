@@ -1,13 +1,6 @@
 """Claims about decode attention: every implementation equals the float32 reference, on every kind of cache."""
 
-import fcntl
-import os
 import re
-import subprocess
-import sys
-import tempfile
-from importlib.util import find_spec
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvx.kernels.arg_spec import CHIPS, ArgSpec
+from kvx.eval.bench_kernels import numerics
+from kvx.eval.bench_kernels.calls import Call
+from kvx.kernels.arg_spec import ArgSpec
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
-from kvx.kernels.decode_attention.arg_specs import AOT, CI, EXACT, NUMERIC, build
+from kvx.kernels.decode_attention.arg_specs import EXACT, build
 from kvx.kernels.decode_attention.operands import Rows
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
-from tests.kernels.interpreting import interpreted_without_races
-from tests.kernels.lowering import NEW_ENOUGH, cuda_text
+from tests.kernels.lowering import NEW_ENOUGH
 
 ON_GPU = jax.default_backend() == "gpu"
 
@@ -38,60 +32,6 @@ def error(wanted: Partial, found: Partial) -> float:
         top = np.abs(expected[finite]).max(initial=0.0) or 1.0
         worst = max(worst, float(np.abs(expected[finite] - got[finite]).max(initial=0.0)) / top)
     return worst
-
-
-def against_reference(spec: ArgSpec, implementation: str, **more) -> None:
-    def both(key):
-        arrays = spec.build(key) | dict(spec.options)
-        wanted = decode_attention(**arrays, implementation="reference")
-        return wanted, decode_attention(**arrays, implementation=implementation, **more)
-
-    assert error(*jax.jit(both)(jax.random.key(0))) < spec.tolerance
-
-
-QUICK = ("bf16 window", "int8 turned")
-BY_XLA = [pytest.param(spec, marks=[] if spec.name in QUICK else pytest.mark.slow, id=spec.name) for spec in NUMERIC]
-
-
-@pytest.mark.parametrize("spec", BY_XLA)
-def test_xla_numeric(spec):
-    against_reference(spec, "xla")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", NUMERIC, ids=str)
-@pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas on GPUs needs jax 0.11")
-def test_triton_numeric(spec):
-    """For real on a GPU, elsewhere interpreted."""
-    from kvx.kernels.decode_attention.triton import Tuning
-
-    tunings = [None] if ON_GPU else [Tuning(splits=splits, interpret=True) for splits in (1, 4)]
-    for tuning in tunings:
-        against_reference(spec, "triton", tuning=tuning)
-
-
-TINY = {
-    "rows": build("f32", (2, 2, 3, 200, 128), masked="both", dtype=jnp.float32),
-    "turned": build("f32 turned", (1, 8, 1, 256, 64), masked="both", dtype=jnp.float32, length=3, bias=True, tail=9),
-    "int8": build("int8", (1, 1, 8, 160, 128), dtype=jnp.float32),
-    "fp8": build("fp8", (1, 1, 2, 128, 128), dtype=jnp.float32, masked="positions"),
-    "int4": build("int4", (2, 1, 3, 512, 64), dtype=jnp.float32, masked="both", tail=17, group=32),
-    "int2": build("int2", (1, 2, 2, 512, 128), dtype=jnp.float32),
-    "uint8": build("uint8", (1, 1, 2, 256, 64), dtype=jnp.float32, group=32, masked="positions"),
-    "by slot": build("int4", (1, 1, 2, 256, 64), dtype=jnp.float32, group=32, masked="positions", keys_of="slots"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
-def test_mosaic_tpu_interpreted_numeric(name):
-    """Memory spaces and copies simulated, with race detection; float32, so that only the order of sums differs."""
-    from kvx.kernels.decode_attention.mosaic_tpu import Tuning
-
-    # Sums of up to 512 terms, codes' scales applied to other factors than the reference's.
-    spec = ArgSpec(name, TINY[name], {"scale": 0.1}, 5e-5)
-    with interpreted_without_races():
-        against_reference(spec, "mosaic_tpu", tuning=Tuning(128))
 
 
 @pytest.mark.slow
@@ -118,7 +58,8 @@ def test_any_shape_and_mask_equals_the_reference(kind, heads, group, slots, widt
         tail=tail,
         bias=bias,
     )
-    against_reference(ArgSpec("drawn", arrays, {"scale": width**-0.5}, 5 * EXACT), "xla")
+    spec = ArgSpec("drawn", arrays, {"scale": width**-0.5})
+    assert numerics.error(Call("decode_attention", decode_attention, spec), "xla") < 5 * EXACT
 
 
 def call(kind: str = "f32", **more) -> dict:
@@ -234,32 +175,3 @@ def test_kernels_name_the_codes_that_they_take(implementation):
 def test_an_old_jax_is_refused_on_gpus():
     with pytest.raises(ValueError, match="GPU kernels need"):
         decode_attention(**REFUSED, scale=0.125, implementation="triton")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas on GPUs needs jax 0.11")
-@pytest.mark.parametrize("spec", [*NUMERIC, *(s for s in AOT if " b8 " in s.name)], ids=str)
-def test_triton_lowers_for_cuda(spec):
-    assert "triton" in cuda_text(decode_attention, spec)
-
-
-COMPILE = """
-from kvx.eval.bench_kernels.ahead_of_time import compile_calls
-from kvx.eval.bench_kernels.calls import calls
-for found in compile_calls(list(calls("CI", ("decode_attention",)))):
-    print("good" if found.good else f"bad {found}")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.aot
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install kvx[aot]")
-def test_ci_shapes_compile_for_every_chip_without_moving_the_cache():
-    """In a process of its own, one at a time on this machine: libtpu allows one holder."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    with open(Path(tempfile.gettempdir()) / "kvx-libtpu.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=900
-        )
-    assert done.stdout.split("\n")[:-1] == ["good"] * len(CI) * len(CHIPS), done.stdout + done.stderr

@@ -7,12 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvx.kernels import quantize_pack as package
 from kvx.kernels.quantize_pack import BITS, dequantize, pack, quantize, quantize_pack, unpack_dequantize
-from kvx.kernels.quantize_pack.arg_specs import CI, NUMERIC
+from kvx.kernels.quantize_pack.arg_specs import NUMERIC
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
-from tests.kernels.interpreting import interpreted_without_races
-from tests.kernels.lowering import NEW_ENOUGH, cuda_text
 
 ON_GPU = jax.default_backend() == "gpu"
 FAST = NUMERIC[::3]
@@ -20,58 +17,6 @@ FAST = NUMERIC[::3]
 
 def name(spec):
     return f"{spec.function} {spec}"
-
-
-def jitted(spec, **named):
-    """One program a call: operation by operation, compiling would take most of the time."""
-    return jax.jit(lambda arrays: getattr(package, spec.function)(**arrays, **spec.options, **named))
-
-
-def assert_equals_reference(spec, **named):
-    arrays = spec.arrays()
-    wanted = jitted(spec, implementation="reference")(arrays)
-    found = jitted(spec, **named)(arrays)
-    for one, other in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
-        assert one.dtype == other.dtype and one.shape == other.shape
-        if one.dtype == jnp.uint32:
-            assert np.mean(np.asarray(one) != np.asarray(other)) <= spec.tolerance
-        else:
-            one, other = (np.asarray(array, np.float32) for array in (one, other))
-            np.testing.assert_allclose(other, one, rtol=0, atol=spec.tolerance * np.abs(one).max())
-
-
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("spec", FAST, ids=name)
-def test_numeric_xla(spec):
-    assert_equals_reference(spec, implementation="xla")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", [spec for spec in NUMERIC if spec not in FAST], ids=name)
-def test_numeric_xla_more(spec):
-    assert_equals_reference(spec, implementation="xla")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", NUMERIC, ids=name)
-def test_numeric_triton(spec):
-    """On a GPU for real, elsewhere in Pallas' interpreter."""
-    from kvx.kernels.quantize_pack.triton import Tuning
-
-    assert_equals_reference(spec, implementation="triton", tuning=None if ON_GPU else Tuning(interpret=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", NUMERIC, ids=name)
-def test_numeric_mosaic_tpu_interpreted(spec):
-    with interpreted_without_races():
-        assert_equals_reference(spec, implementation="mosaic_tpu")
-
-
-@pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas-Triton is supported from jax 0.11")
-@pytest.mark.parametrize("spec", NUMERIC, ids=name)
-def test_triton_lowers_for_cuda(spec):
-    assert "triton" in cuda_text(getattr(package, spec.function), spec)
 
 
 @settings(deadline=None, max_examples=6)
@@ -131,14 +76,3 @@ def test_channels_that_fill_no_words_and_nested_codes_are_refused():
     nested = TokenCodes.encode(jnp.zeros((1, 1, 4, 32)), 4, group=32, nested=True)
     with pytest.raises(ValueError, match="codes have lower codes, allowed: None"):
         unpack_dequantize(nested)
-
-
-@pytest.mark.slow
-@pytest.mark.aot
-@pytest.mark.parametrize("spec", CI, ids=name)
-def test_the_tpu_compiler_takes_it_without_copies(spec):
-    from kvx.eval.bench_kernels.ahead_of_time import compile_calls
-    from kvx.eval.bench_kernels.calls import Call
-
-    for compiled in compile_calls([Call("quantize_pack", getattr(package, spec.function), spec)]):
-        assert compiled.good, compiled

@@ -9,53 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvx.kernels.hadamard import hadamard
-from kvx.kernels.hadamard.arg_specs import CI, NUMERIC
-from tests.kernels.interpreting import interpreted_without_races
-from tests.kernels.lowering import NEW_ENOUGH, cuda_text
 
 ON_GPU = jax.default_backend() == "gpu"
-
-
-def jitted(spec, **named):
-    """One program a call: operation by operation, compiling would take most of the time."""
-    return jax.jit(lambda arrays: hadamard(**arrays, **spec.options, **named))
-
-
-def assert_equals_reference(spec, **named):
-    arrays = spec.arrays()
-    wanted = np.asarray(jitted(spec, implementation="reference")(arrays), np.float32)
-    found = jitted(spec, **named)(arrays)
-    assert found.dtype == arrays["x"].dtype
-    np.testing.assert_allclose(
-        np.asarray(found, np.float32), wanted, rtol=0, atol=spec.tolerance * np.abs(wanted).max()
-    )
-
-
-@pytest.mark.parametrize("spec", NUMERIC, ids=str)
-def test_numeric_xla(spec):
-    assert_equals_reference(spec, implementation="xla")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", NUMERIC, ids=str)
-def test_numeric_triton(spec):
-    """On a GPU for real, elsewhere in Pallas' interpreter."""
-    from kvx.kernels.hadamard.triton import Tuning
-
-    assert_equals_reference(spec, implementation="triton", tuning=None if ON_GPU else Tuning(interpret=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", NUMERIC, ids=str)
-def test_numeric_mosaic_tpu_interpreted(spec):
-    with interpreted_without_races():
-        assert_equals_reference(spec, implementation="mosaic_tpu")
-
-
-@pytest.mark.skipif(not NEW_ENOUGH, reason="Pallas-Triton is supported from jax 0.11")
-@pytest.mark.parametrize("spec", NUMERIC, ids=str)
-def test_triton_lowers_for_cuda(spec):
-    assert "triton" in cuda_text(hadamard, spec)
 
 
 @settings(deadline=None, max_examples=6)
@@ -99,14 +54,3 @@ def test_an_outlier_channel_is_spread_over_all():
 def test_what_cannot_run_is_refused_with_a_sentence(shape, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         hadamard(jnp.zeros(shape), **options)
-
-
-@pytest.mark.slow
-@pytest.mark.aot
-@pytest.mark.parametrize("spec", CI, ids=str)
-def test_the_tpu_compiler_takes_it_without_copies(spec):
-    from kvx.eval.bench_kernels.ahead_of_time import compile_calls
-    from kvx.eval.bench_kernels.calls import Call
-
-    for compiled in compile_calls([Call("hadamard", hadamard, spec)]):
-        assert compiled.good, compiled

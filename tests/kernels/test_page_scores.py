@@ -1,8 +1,5 @@
 """Claims about page scores: bounds that hold, whatever the query."""
 
-from contextlib import nullcontext
-from importlib.util import find_spec
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,64 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvx.eval.bench_kernels.ahead_of_time import compile_calls
-from kvx.eval.bench_kernels.calls import Call
-from kvx.eval.bench_kernels.numerics import error
-from kvx.kernels.page_scores import page_scores, triton
-from kvx.kernels.page_scores.arg_specs import AOT, CI, NUMERIC
-from tests.kernels.interpreting import interpreted_without_races
+from kvx.kernels.page_scores import page_scores
 
 ON_GPU = jax.default_backend() == "gpu"
 needs_new = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas on GPUs needs jax 0.11")
-
-
-def call(spec) -> Call:
-    return Call("page_scores", page_scores, spec)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", NUMERIC, ids=str)
-def test_xla_numeric(spec):
-    assert error(call(spec), "xla") <= spec.tolerance
-
-
-@pytest.mark.parametrize(
-    "spec", [*(pytest.param(each, marks=pytest.mark.slow) for each in NUMERIC[:-1]), NUMERIC[-1]], ids=str
-)
-def test_mosaic_tpu_numeric(spec):
-    with interpreted_without_races():
-        assert error(call(spec), "mosaic_tpu") <= spec.tolerance
-
-
-@pytest.mark.slow
-@needs_new
-@pytest.mark.parametrize("spec", NUMERIC, ids=str)
-def test_triton_numeric(spec):
-    """On a GPU for real, elsewhere interpreted."""
-    assert error(call(spec), "triton", tuning=None if ON_GPU else triton.Tuning(interpret=True)) <= spec.tolerance
-
-
-@pytest.mark.slow
-@needs_new
-@pytest.mark.parametrize("spec", (*NUMERIC, *CI, AOT[0]), ids=str)
-def test_triton_lowers_for_cuda(spec):
-    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
-
-    abstract = spec.abstract()
-    device = AbstractDevice("NVIDIA H100", 132, "gpu")
-    mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
-    with use_abstract_mesh(mesh) if not ON_GPU else nullcontext():
-        lowered = jax.jit(call(spec).bound("triton")).trace(abstract).lower(lowering_platforms=("cuda",))
-    assert "triton" in lowered.as_text()
-
-
-@pytest.mark.slow
-@pytest.mark.aot
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install kvx[aot]")
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
-def test_tpu_kernels_compile_and_copy_nothing(chip):
-    for found in compile_calls([call(spec) for spec in CI], (chip,)):
-        assert found.good, found
 
 
 scores = {

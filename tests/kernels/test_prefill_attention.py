@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from kvx.kernels.logits import SHARED
 from kvx.kernels.prefill_attention import prefill_attention
-from kvx.kernels.prefill_attention.arg_specs import NUMERIC
 from kvx.kernels.prefill_attention.columns import MAX, SQUARE, SUM, Column
-from tests.kernels.prefill_numerics import check_numeric
 
 VOTE = Column(last=0.2, rise=1.2)
 COLUMNS = (
@@ -157,12 +155,6 @@ def test_a_table_says_which_label_sees_which():
         queries[:, :, :, rows], keys[:, :, rows], values[:, :, rows], spots[:, rows], positions[..., rows], scale=0.25
     )
     np.testing.assert_allclose(np.asarray(out[:, :, :, 70:]), np.asarray(alone[:, :, :, 30:]), atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spec", NUMERIC, ids=str)
-def test_xla_numeric(spec):
-    check_numeric(spec, "xla")
 
 
 def operands(**shapes):
