@@ -23,12 +23,16 @@ from rich.console import Console
 import kvx
 from kvx.errors import BadInput
 from kvx.mesh import Placement
+from kvx.train.data.token_file import map_tokens
 from kvx.train.job import CheckpointSection, EvaluateSection, LossSection, StageSection
 from kvx.train.loop import Trainer
 from kvx.train.mesh import ALONG_ROWS, check_batch, make_placement, row_share
 from kvx.train.metrics import FILE, read
 from kvx.train.objective import objective
-from kvx.train.windows import Windows, held_out, read_tokens
+from kvx.train.windows import Windows, held_out
+
+TOKENS = "uint16"
+"""Of .bin files."""
 
 UNCONVERTED = "none"
 """The start that is the source itself: the control."""
@@ -221,7 +225,7 @@ def _command(
     placement = make_placement(ALONG_ROWS)
     check_batch(placement, batch, 1, length)
     _starts(start)
-    text, other = read_tokens(train), read_tokens(judge)
+    text, other = map_tokens(train, TOKENS), map_tokens(judge, TOKENS)
     if len(text) < length * max(batch, calibration):
         raise BadInput(f"train has {len(text)} tokens; allowed: at least {length * max(batch, calibration)}")
     out.mkdir(parents=True, exist_ok=True)

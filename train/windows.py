@@ -1,6 +1,5 @@
 """Batches of fixed windows of a pre-tokenised text, in memory: for runs that need no tokenizer and no pipeline."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,16 +66,6 @@ def held_out(tokens: Integer[np.ndarray, "N"], length: int, rows: int, count: in
     windows = Windows(tokens, length, rows, seed=None)
     batches = max(1, min(count, len(tokens)) // (length * rows))
     return [next(windows) for _ in range(batches)]
-
-
-def read_tokens(path: Path) -> Integer[np.ndarray, "N"]:
-    """Token ids of a .npy file, or of a .bin file of uint16."""
-    if not path.is_file():
-        raise BadInput(f"tokens={str(path)!r} is no file; allowed: .npy, or .bin of uint16")
-    tokens = np.load(path, mmap_mode="r") if path.suffix == ".npy" else np.memmap(path, np.uint16, "r")
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise BadInput(f"tokens={str(path)!r} holds {tokens.dtype} of shape {tokens.shape}; allowed: a run of integers")
-    return tokens
 
 
 def window_batch(rows: Integer[np.ndarray, "B T"]) -> Batch:

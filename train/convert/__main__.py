@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,10 +11,11 @@ from rich.table import Table
 import kvx
 from kvx.errors import BadInput
 from kvx.train.convert import convert, measure_moments, parse_recipe
-from kvx.train.convert.held_out import perplexity, texts, windows
+from kvx.train.convert.held_out import perplexity, windows
+from kvx.train.data import Documents, Encoding, open_documents
 
 Source = Annotated[str, typer.Option("--model", help="A zoo name, a Hugging Face directory, or a .gguf file.")]
-Text = Annotated[Path, typer.Option(help="Text to calibrate on: .jsonl, .jsonl.gz (field text), .txt or .md.")]
+Text = Annotated[str, typer.Option(help="Text to calibrate on: a file or folder, as a job's data.train.")]
 Rows = Annotated[int, typer.Option(help="Windows of text to calibrate on.", min=1)]
 Length = Annotated[int, typer.Option(help="Tokens of a window.", min=2)]
 
@@ -26,7 +27,7 @@ def apply(
     recipe: Annotated[str, typer.Argument(help='Such as "transmla(rank=64, rotary=32)".')],
     out: Annotated[Path, typer.Argument(help="A new directory, which kvx.load reads.")],
     model: Source = "smollm2-135m-instruct",
-    text: Annotated[Path | None, typer.Option(help="Text to calibrate on, for recipes that read any.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text to calibrate on, for recipes that read any.")] = None,
     calibration: Rows = 128,
     length: Length = 256,
 ) -> None:
@@ -43,12 +44,12 @@ def apply(
         raise BadInput(f"text=None, but {recipe} reads text; allowed: a file of it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"out={str(out)!r} is in the way; allowed: a new directory, or an empty one")
+    read = None if text is None else open_documents([text], "text")
     enable_compilation_cache()
     source, tokenizer = kvx.load(model)
     moments = None
-    if chosen.reads_text and text is not None:
-        rows = windows(tokenizer, texts(text), calibration, length)
-        moments = measure_moments(source, [rows[start : start + 8] for start in range(0, len(rows), 8)])
+    if chosen.reads_text and read is not None:
+        moments = _moments(source, tokenizer, read, calibration, length)
     converted, report = convert(source, chosen, moments)
     Console().print(report)
     kvx.save(converted, tokenizer, out)
@@ -58,7 +59,7 @@ def apply(
 def compare(
     recipes: Annotated[list[str], typer.Argument(help='Such as "transmla(rank=64, rotary=32)".')],
     text: Text,
-    held_out: Annotated[Path, typer.Option(help="Other text, to measure on.")],
+    held_out: Annotated[str, typer.Option(help="Other text, to measure on.")],
     model: Source = "smollm2-135m-instruct",
     calibration: Rows = 128,
     measured: Annotated[int, typer.Option(help="Windows of text to measure on.", min=1)] = 64,
@@ -75,13 +76,13 @@ def compare(
     from kvx.compilation_cache import enable_compilation_cache
 
     chosen = [parse_recipe(each) for each in recipes]
+    read, other = open_documents([text], "text"), open_documents([held_out], "held_out")
     enable_compilation_cache()
     source, tokenizer = kvx.load(model)
-    judged = windows(tokenizer, texts(held_out), measured, length)
+    judged = windows(Encoding.of(tokenizer), other, measured, length)
     moments = None
     if any(each.reads_text for each in chosen):
-        rows = windows(tokenizer, texts(text), calibration, length)
-        moments = measure_moments(source, [rows[start : start + 8] for start in range(0, len(rows), 8)])
+        moments = _moments(source, tokenizer, read, calibration, length)
     table = Table("conversion", "cache", "bytes a token", "perplexity")
 
     def add(name: str, share: float, size: int, found: float) -> None:
@@ -97,6 +98,12 @@ def compare(
         add(each.text, report.after / report.before, report.after, perplexity(converted, judged))
     if not as_json:
         Console().print(table)
+
+
+def _moments(source: Any, tokenizer: Any, text: Documents, count: int, length: int) -> Any:
+    """Of the source's activations over the first windows of a text."""
+    rows = windows(Encoding.of(tokenizer), text, count, length)
+    return measure_moments(source, [rows[start : start + 8] for start in range(0, len(rows), 8)])
 
 
 if __name__ == "__main__":

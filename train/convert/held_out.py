@@ -1,10 +1,7 @@
 """Perplexity of windows of text under a plain forward pass: how good a conversion is before any training."""
 
-import gzip
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,47 +11,26 @@ from jaxtyping import Array, Float, Int
 from kvx.errors import BadInput
 from kvx.loop import forward
 from kvx.models.build import Model
-from kvx.models.tokenizer import Tokenizer
+from kvx.train.data import Documents, Encoding
 
 
-def texts(path: Path) -> Iterator[str]:
-    """The documents of a JSONL file (.gz too) with a "text" in every line; of a .txt or .md file its only one.
-
-    Raises:
-        BadInput: a file that does not exist, or a line that is no such object.
-    """
-    if not path.is_file():
-        raise BadInput(f"text={str(path)!r} is not a file; allowed: .jsonl, .jsonl.gz, .txt or .md")
-    if path.suffix in (".txt", ".md"):
-        yield path.read_text(encoding="utf-8")
-        return
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)["text"]
-            except (ValueError, TypeError, KeyError):
-                raise BadInput(f'{path} line {number} is not an object with a "text"') from None
-
-
-def windows(
-    tokenizer: Tokenizer, documents: Iterable[str], count: int, length: int, most: int = 2
-) -> Int[np.ndarray, "B T"]:
+def windows(encoding: Encoding, documents: Documents, count: int, length: int, most: int = 2) -> Int[np.ndarray, "B T"]:
     """The first `count` windows of `length` tokens, at most `most` of each document, from its beginning.
 
     Raises:
         BadInput: too little text.
     """
 
-    def cut() -> Iterator[list[int]]:
+    def cut() -> Iterator[Int[np.ndarray, "T"]]:
         for document in documents:
-            ids = tokenizer.encode(document)
+            ids = encoding(document)
             for start in range(0, min(len(ids) // length, most) * length, length):
                 yield ids[start : start + length]
 
     rows = list(islice(cut(), count))
     if len(rows) < count:
         raise BadInput(f"text has {len(rows)} windows of {length} tokens; allowed: at least {count}")
-    return np.asarray(rows, np.int32)
+    return np.stack(rows)
 
 
 def perplexity(model: Model, rows: Int[np.ndarray, "B T"], batch: int = 8) -> float:
