@@ -34,54 +34,14 @@ def project(block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"]
 
 
 def attend(
-    block: Block,
-    x: Float[Array, "B T E"],
-    positions: Int[Array, "B T"],
-    past: Tokens | None = None,
-    segments: Int[Array, "B T"] | None = None,
-    *,
-    requests: Requests = NOTHING,
-    rotated: bool = True,
-    renumber: bool = False,
-    lengths: Int[Array, "B"] | None = None,
-    marks: Mapping[str, Int[Array, "B T"]] | None = None,
-    visibility: Bool[Array, "N N"] | None = None,
+    block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"], past: Tokens | None = None, **named: Any
 ) -> tuple[Float[Array, "B T E"], Tokens, Evidence]:
-    """One layer over a prompt or a chunk of one: exact attention over the past tokens and the new ones.
+    """`attend_turned`, its angles first: cosines and sines come from a program of their own.
 
-    One jitted function called layer by layer, so that layers of equal spec share one compiled body. Cosines and sines
-    come from another one: within it XLA on a CPU would compute them anew for every head and run of keys (a tenth of the
-    time at 2048 tokens).
-
-    Args:
-        positions: true positions, -1 for padding.
-        past: tokens before this chunk, gathered to the front; None for a whole prompt.
-        requests: the evidence to collect.
-        rotated: the form of the keys in the returned tokens.
-        renumber: rotate by place among the tokens at hand instead of by true position.
-        lengths: of the rows' whole prompts, for statistics of near queries.
-        marks: integers of the new tokens; those that were asked for travel in their statistics.
-        segments: labels of the new tokens, if not all see each other.
-        visibility: which label sees which; None: each its own, and SHARED.
-
-    Returns:
-        The layer's output, its new tokens, and the evidence over past and new tokens in that order.
+    Within the layer's XLA on a CPU would compute them anew for every head and run of keys, a tenth of the time at 2048
+    tokens.
     """
-    turn = turn_to(block.rotary, positions)
-    return attend_turned(
-        block,
-        x,
-        positions,
-        turn,
-        past,
-        segments,
-        requests=requests,
-        rotated=rotated,
-        renumber=renumber,
-        lengths=lengths,
-        marks=marks,
-        visibility=visibility,
-    )
+    return attend_turned(block, x, positions, turn_to(block.rotary, positions), past, **named)
 
 
 @jax.jit
@@ -106,7 +66,25 @@ def attend_turned(
     marks: Mapping[str, Int[Array, "B T"]] | None = None,
     visibility: Bool[Array, "N N"] | None = None,
 ) -> tuple[Float[Array, "B T E"], Tokens, Evidence]:
-    """As `attend`, whose angles are known."""
+    """One layer over a prompt or a chunk of one: exact attention over the past tokens and the new ones.
+
+    One jitted function called layer by layer, so that layers of equal spec share one compiled body.
+
+    Args:
+        positions: true positions, -1 for padding.
+        turn: the rotation to them (`turn_to`).
+        past: tokens before this chunk, gathered to the front; None for a whole prompt.
+        requests: the evidence to collect.
+        rotated: the form of the keys in the returned tokens.
+        renumber: rotate by place among the tokens at hand instead of by true position.
+        lengths: of the rows' whole prompts, for statistics of near queries.
+        marks: integers of the new tokens; those that were asked for travel in their statistics.
+        segments: labels of the new tokens, if not all see each other.
+        visibility: which label sees which; None: each its own, and SHARED.
+
+    Returns:
+        The layer's output, its new tokens, and the evidence over past and new tokens in that order.
+    """
     query, raw = project(block, x, positions)
     raw = marked(raw, {name: mark for name, mark in (marks or {}).items() if name in requests.marks})
     turned = replace(raw, keys=turn(raw.keys[:, :, None])[:, :, 0], rotated=True)
