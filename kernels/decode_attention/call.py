@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvx.kernels.decode_attention.operands import Operand, Tail
+from kvx.kernels.decode_attention.operands import Operand, Rows, Tail
 from kvx.kernels.logits import scaled_logits, visible
 from kvx.kernels.merge_partials import Partial
 
@@ -46,6 +46,12 @@ class Call:
     def row_positions(self) -> Int[Array, "B Q"] | None:
         """Positions by query row."""
         return None if self.positions is None else jnp.tile(self.positions, (1, self.queries.shape[2] // self.length))
+
+    @property
+    def dtype(self) -> jax.typing.DTypeLike:
+        """Of the products: float32 where any operand is, so that nothing of it is rounded; else bfloat16."""
+        stored = [operand.array.dtype for operand in (self.keys, self.values) if isinstance(operand, Rows)]
+        return jnp.float32 if jnp.float32 in (self.queries.dtype, *stored) else jnp.bfloat16
 
     def seen(self) -> Bool[Array, "B #G #Q C"] | None:
         """Which slots each row sees; None: all of them."""

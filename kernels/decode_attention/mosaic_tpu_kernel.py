@@ -57,8 +57,6 @@ class Facts:
     @classmethod
     def of(cls, call: Call, share: int, block: int, heads_within: bool) -> "Facts":
         """Of a call that is cut into blocks."""
-        stored = [operand.array.dtype for operand in (call.keys, call.values) if isinstance(operand, Rows)]
-        exact = any(dtype == jnp.float32 for dtype in (call.queries.dtype, *stored))
         return cls(
             Layout.of(call.keys),
             Layout.of(call.values),
@@ -70,7 +68,7 @@ class Facts:
             call.scale,
             call.window,
             call.softcap,
-            jnp.float32 if exact else jnp.bfloat16,
+            call.dtype,
         )
 
 

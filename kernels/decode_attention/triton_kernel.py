@@ -10,7 +10,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kvx.kernels.decode_attention.call import Call
-from kvx.kernels.decode_attention.operands import Rows
 from kvx.kernels.decode_attention.triton_tiles import ROWS, Layout, across, dot, gather, load, tiles
 
 LOG2E = 1.4426950408889634
@@ -39,8 +38,6 @@ class Facts:
     @classmethod
     def of(cls, call: Call, block: int, splits: int, packed: bool) -> "Facts":
         """Of a call that is cut so."""
-        stored = [operand.array.dtype for operand in (call.keys, call.values) if isinstance(operand, Rows)]
-        exact = any(dtype == jnp.float32 for dtype in (call.queries.dtype, *stored))
         return cls(
             Layout.of(call.keys),
             Layout.of(call.values),
@@ -51,10 +48,10 @@ class Facts:
             call.scale,
             call.window,
             call.softcap,
-            jnp.float32 if exact else jnp.bfloat16,
+            call.dtype,
             block,
             splits,
-            packed and not exact,
+            packed and call.dtype == jnp.bfloat16,
         )
 
     @property
