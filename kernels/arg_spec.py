@@ -19,6 +19,30 @@ CHIP_BYTES = {"v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 
 
 @dataclass(frozen=True)
+class Described:
+    """A call's inputs without memory; flat, since operands check what they hold, and that is arrays.
+
+    Attributes:
+        shapes: and dtypes.
+        tree: how they hang together.
+    """
+
+    shapes: list[jax.ShapeDtypeStruct]
+    tree: jax.tree_util.PyTreeDef
+
+    @property
+    def names(self) -> list[str]:
+        """The argument that each belongs to."""
+        _, arguments = self.tree.node_data()  # type: ignore[misc]
+        parts = zip(arguments, self.tree.children(), strict=True)
+        return [name for name, part in parts for _ in range(part.num_leaves)]
+
+    def of(self, leaves: list[Any]) -> dict[str, Any]:
+        """Arguments of arrays like these."""
+        return self.tree.unflatten(leaves)
+
+
+@dataclass(frozen=True)
 class ArgSpec:
     """One call.
 
@@ -46,11 +70,8 @@ class ArgSpec:
         """Random inputs on the default device."""
         return jax.jit(self.build)(jax.random.key(seed))
 
-    def described(self) -> tuple[list[jax.ShapeDtypeStruct], Callable[[list[Any]], dict[str, Any]]]:
-        """Shapes and dtypes of the inputs, flat, without memory; and what makes inputs of arrays like these.
-
-        Flat, since operands check what they hold: a tree of descriptions is none of theirs.
-        """
+    def described(self) -> "Described":
+        """The inputs, without memory."""
         trees = []
 
         def leaves(key: jax.Array) -> list[jax.Array]:
@@ -58,18 +79,20 @@ class ArgSpec:
             trees.append(tree)
             return found
 
-        return jax.eval_shape(leaves, jax.random.key(0)), trees[0].unflatten
+        return Described(jax.eval_shape(leaves, jax.random.key(0)), trees[0])
 
     def argument_bytes(self) -> int:
         """Bytes of the inputs."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.described()[0])
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.described().shapes)
 
     def bytes_moved(self, function: Callable[..., Any]) -> int:
         """Bytes that the call must move through the device's memory: inputs read once, outputs written once."""
         if self.moved is not None:
             return self.moved
-        shapes, inputs = self.described()
-        found = jax.eval_shape(lambda leaves: jax.tree.leaves(function(**inputs(leaves), **self.options)), shapes)
+        inputs = self.described()
+        found = jax.eval_shape(
+            lambda leaves: jax.tree.leaves(function(**inputs.of(leaves), **self.options)), inputs.shapes
+        )
         return self.argument_bytes() + sum(leaf.size * leaf.dtype.itemsize for leaf in found)
 
     def __str__(self) -> str:

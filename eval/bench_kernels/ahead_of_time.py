@@ -1,8 +1,9 @@
 """Kernels compiled by the real TPU compiler, no TPU needed: scoped memory, temporaries, copies.
 
-A call fails if a temporary exceeds 1 % of its inputs (2 MiB are always allowed), or if the program holds a copy, a
+A call fails if a temporary exceeds 1 % of its inputs (1 MiB is always allowed), or if the program holds a copy, a
 transpose or a conversion of that size that ends in main memory: a cache moved or decoded shows as one of these. What
-ends on the chip is a fetch. Results lie as the kernel leaves them (`Layout.AUTO`), as in a program that goes on.
+ends on the chip is a fetch. Queries and results lie as the kernel has them (`Layout.AUTO`), as in a program that goes
+on; what is in the cache lies as a program's arguments do.
 """
 
 import os
@@ -21,9 +22,8 @@ from kvx.kernels.implementations import compiling_for
 ALLOWED = 0.01
 """Share of the inputs' bytes that temporaries, and single moved arrays, may reach."""
 
-SMALL = 2**21
-"""Bytes that are always allowed: queries are parameters here, whose layout the compiler chooses without asking the
-kernel that reads them, and 128 heads of 576 channels in 8 rows are 1.1 MiB, 3 % of a small latent cache."""
+SMALL = 2**20
+"""Bytes that are always allowed."""
 
 _MOVES = re.compile(r"= (\w+)\[([\d,]*)\](\S*) (copy|transpose|convert)\(")
 _ON_CHIP = "S(1)"
@@ -84,6 +84,8 @@ def compile_calls(
 def _compile(call: Call, chip: str, sharding: jax.sharding.Sharding, implementation: str) -> Compiled:
     function, shapes = call.bound(implementation)
     placed = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in shapes]
+    free = Format(Layout.AUTO)
+    given = [free if name == "queries" else None for name in call.spec.described().names]
     size = call.spec.argument_bytes()
     fits = size <= 0.95 * CHIP_BYTES[chip]
     name = call.spec.function or call.operation
@@ -91,7 +93,7 @@ def _compile(call: Call, chip: str, sharding: jax.sharding.Sharding, implementat
         return Compiled(name, call.spec.name, chip, False, size)
     try:
         with compiling_for("tpu"):
-            compiled = jax.jit(function, out_shardings=Format(Layout.AUTO)).lower(placed).compile()
+            compiled = jax.jit(function, in_shardings=(given,), out_shardings=free).lower(placed).compile()
     except Exception as error:  # whatever the compiler says is the result
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Compiled(name, call.spec.name, chip, True, size, problem=lines[0][:300])

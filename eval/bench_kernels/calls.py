@@ -32,8 +32,8 @@ class Call:
     ) -> tuple[Callable[[list[Any]], Any], list[jax.ShapeDtypeStruct]]:
         """The call as a function of its arrays, flat, and what they are (`ArgSpec.described`)."""
         options = dict(self.spec.options) | {"implementation": implementation} | more
-        shapes, inputs = self.spec.described()
-        return lambda leaves: self.function(**inputs(leaves), **options), shapes
+        inputs = self.spec.described()
+        return lambda leaves: self.function(**inputs.of(leaves), **options), inputs.shapes
 
     def arrays(self, seed: int = 0) -> list[jax.Array]:
         """Random arrays, flat."""

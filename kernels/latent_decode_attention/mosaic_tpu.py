@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.implementations import LANES
 from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, width
 from kvx.kernels.logits import visible
 from kvx.kernels.merge_partials import Partial
@@ -78,7 +79,7 @@ def latent_decode_attention(
     batch, length, heads, dim = queries.shape
     slots = capacity(rows, slots_last)
     coded = isinstance(rows, CodedRows)
-    matrix, spots = _query_rows(queries, query_positions)
+    matrix = _query_rows(queries)
     row_block = min(matrix.shape[1], QUERY_ROWS)
     block = _slot_block(rows, slots, row_block, tuning)
     # With slots in order, what lies beyond the last query is not even fetched.
@@ -89,30 +90,38 @@ def latent_decode_attention(
         return jnp.minimum(j, jnp.maximum(pl.cdiv(reach[b], block) - 1, 0))
 
     def by_rows(channels):
-        return pl.BlockSpec((None, row_block, channels), lambda b, m, j, reach: (b, m, 0))
+        return pl.BlockSpec((None, row_block, channels), lambda b, m, j, *_: (b, m, 0))
 
     def by_slots(channels, last=True):
         if last:
-            return pl.BlockSpec((None, channels, block), lambda b, m, j, reach: (b, 0, needed(b, j, reach)))
-        return pl.BlockSpec((None, block, channels), lambda b, m, j, reach: (b, needed(b, j, reach), 0))
+            return pl.BlockSpec((None, channels, block), lambda b, m, j, reach, _: (b, 0, needed(b, j, reach)))
+        return pl.BlockSpec((None, block, channels), lambda b, m, j, reach, _: (b, needed(b, j, reach), 0))
 
     held = (rows.rotary, rows.codes.words[:, 0], rows.codes.ranges[:, 0]) if coded else (rows,)
-    asked = (matrix[..., : dim - value_dim], matrix[..., dim - value_dim :]) if coded else (matrix,)
     acc_width = value_dim if coded else dim
     row_axis = 1 if slots_last else 2
     out, lse = pl.pallas_call(
-        partial(_kernel, block=block, slots=slots, scale=scale, window=window, softcap=softcap, slots_last=slots_last),
+        partial(
+            _kernel,
+            block=block,
+            slots=slots,
+            heads=heads,
+            length=length,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            slots_last=slots_last,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(batch, matrix.shape[1] // row_block, pl.cdiv(slots, block)),
             in_specs=[
-                tuple(by_rows(array.shape[-1]) for array in asked),
-                by_rows(1),
+                by_rows(dim),
                 None if key_positions is None else by_slots(1),
                 None if bias is None else by_slots(1),
                 tuple(by_slots(array.shape[row_axis], slots_last) for array in held),
             ],
-            out_specs=[by_rows(value_dim), by_rows(1)],
+            out_specs=[by_rows(value_dim), pl.BlockSpec((None, 1, row_block), lambda b, m, j, *_: (b, 0, m))],
             scratch_shapes=[
                 pltpu.VMEM((row_block, 1), jnp.float32),
                 pltpu.VMEM((row_block, 1), jnp.float32),
@@ -121,34 +130,30 @@ def latent_decode_attention(
         ),
         out_shape=[
             jax.ShapeDtypeStruct((*matrix.shape[:2], value_dim), jnp.float32),
-            jax.ShapeDtypeStruct((*matrix.shape[:2], 1), jnp.float32),
+            jax.ShapeDtypeStruct((batch, 1, matrix.shape[1]), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         name="latent_decode_attention",
     )(
         reach,
-        asked,
-        spots,
+        query_positions.astype(jnp.int32).reshape(-1),
+        matrix,
         None if key_positions is None else key_positions[:, None],
         None if bias is None else bias.astype(jnp.float32)[:, None],
         held,
     )
     return Partial(
         out=out[:, : heads * length].reshape(batch, length, heads, value_dim),
-        lse=lse[:, : heads * length, 0].reshape(batch, length, heads),
+        lse=lse[:, 0, : heads * length].reshape(batch, length, heads),
     )
 
 
-def _query_rows(
-    queries: Float[Array, "B T H D"], query_positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B M D"], Int[Array, "B M 1"]]:
-    """All heads' queries as the rows of one matrix with their positions, padded to whole tiles of rows."""
+def _query_rows(queries: Float[Array, "B T H D"]) -> Float[Array, "B M D"]:
+    """All heads' queries as the rows of one matrix, padded to whole tiles of rows."""
     batch, length, heads, dim = queries.shape
     count = heads * length
     padding = -count % (16 if count <= QUERY_ROWS else QUERY_ROWS)
-    matrix = jnp.pad(queries.reshape(batch, count, dim), ((0, 0), (0, padding), (0, 0)))
-    spots = jnp.pad(jnp.repeat(query_positions, heads, axis=1), ((0, 0), (0, padding)), constant_values=-1)
-    return matrix, spots[..., None].astype(jnp.int32)
+    return jnp.pad(queries.reshape(batch, count, dim), ((0, 0), (0, padding), (0, 0)))
 
 
 def _slot_block(rows: Rows, slots: int, row_block: int, tuning: Tuning | None) -> int:
@@ -174,8 +179,8 @@ def _dot(a, b, contracted):
 
 def _kernel(
     reach_ref,
+    positions_ref,
     queries,
-    spots_ref,
     places_ref,
     bias_ref,
     held,
@@ -187,12 +192,14 @@ def _kernel(
     *,
     block,
     slots,
+    heads,
+    length,
     scale,
     window,
     softcap,
     slots_last,
 ):
-    b, step = pl.program_id(0), pl.program_id(2)
+    b, m, step = (pl.program_id(axis) for axis in range(3))
     first = step * block
 
     @pl.when(step == 0)
@@ -206,16 +213,22 @@ def _kernel(
         index = first + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1)
         places = index if places_ref is None else places_ref[...]
         inside = index < slots if slots % block else None
-        asked = [ref[...] for ref in queries]
+        asked = queries[...]
         if len(held) == 1:
-            scores, mix = _plain(asked[0], held[0][...], inside, slots_last)
+            scores, mix = _plain(asked, held[0][...], inside, slots_last)
         else:
             rotary, words, ranges = (ref[...] for ref in held)
-            scores, mix = _coded(asked[0], asked[1], rotary, words, ranges, inside)
+            turned = rotary.shape[0]
+            scores, mix = _coded(asked[:, :turned], asked[:, turned:], rotary, words, ranges, inside)
         scores = scale * scores
         scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
         scores = scores if bias_ref is None else scores + bias_ref[...]
-        seen = visible(spots_ref[...], places, window)
+        row = m * scores.shape[0] + jax.lax.broadcasted_iota(jnp.int32, (scores.shape[0], 1), 0)
+        # A row of each head at each of a few positions, which are scalars; rows behind them see nothing.
+        spots = jnp.full_like(row, -1)
+        for at in range(length):
+            spots = jnp.where(jax.lax.div(row, heads) == at, positions_ref[b * length + at], spots)
+        seen = visible(spots, places, window)
         scores = jnp.where(seen if inside is None else seen & inside, scores, -jnp.inf)
         before = top_ref[...]
         top = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
@@ -231,7 +244,9 @@ def _kernel(
         divisor = jnp.where(total > 0, total, 1.0)
         acc = acc_ref[...]
         out_ref[...] = acc[:, acc.shape[1] - out_ref.shape[1] :] / divisor
-        lse_ref[...] = jnp.where(total > 0, top_ref[...] + jnp.log(divisor), -jnp.inf)
+        found = jnp.where(total > 0, top_ref[...] + jnp.log(divisor), -jnp.inf)
+        # A column leaves as a row: columns are filled up to whole lanes in memory.
+        lse_ref[...] = jnp.broadcast_to(found, (found.shape[0], LANES)).T[:1]
 
 
 def _plain(queries, tile, inside, slots_last):

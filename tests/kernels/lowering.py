@@ -16,7 +16,7 @@ def cuda_text(function: Any, spec: Any) -> str:
     device = {"device_kind": "NVIDIA H100 80GB HBM3", "num_cores": None}
     if "platform" in inspect.signature(AbstractDevice).parameters:
         device["platform"] = "cuda"
-    mesh, (shapes, inputs) = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(**device)), spec.described()
-    jitted = jax.jit(lambda leaves: function(**inputs(leaves), **spec.options, implementation="triton"))
+    mesh, inputs = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(**device)), spec.described()
+    jitted = jax.jit(lambda leaves: function(**inputs.of(leaves), **spec.options, implementation="triton"))
     with use_abstract_mesh(mesh):
-        return jitted.trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+        return jitted.trace(inputs.shapes).lower(lowering_platforms=("cuda",)).as_text()

@@ -131,7 +131,9 @@ def test_an_old_jax_is_refused_by_name():
 
 def test_no_name_picks_the_kernel_where_it_can_run():
     spec = CI[0]
-    shapes, inputs = spec.described()
+    inputs = spec.described()
     with compiling_for("tpu"):
-        jaxpr = jax.make_jaxpr(lambda leaves: latent_decode_attention(**inputs(leaves), **spec.options))(shapes)
+        jaxpr = jax.make_jaxpr(lambda leaves: latent_decode_attention(**inputs.of(leaves), **spec.options))(
+            inputs.shapes
+        )
     assert "pallas_call" in str(jaxpr)

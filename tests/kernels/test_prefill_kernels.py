@@ -110,10 +110,10 @@ def test_triton_lowers_for_cuda(spec):
         return prefill_attention(**arrays, **spec.options, implementation="triton")
 
     def forward(leaves):
-        return attend(inputs(leaves))
+        return attend(inputs.of(leaves))
 
     def backward(leaves):
-        arrays = inputs(leaves)
+        arrays = inputs.of(leaves)
 
         def loss(operands):
             out, lse, _ = attend(arrays | operands)
@@ -121,12 +121,12 @@ def test_triton_lowers_for_cuda(spec):
 
         return jax.grad(loss)({name: arrays[name] for name in ("queries", "keys", "values")})
 
-    shapes, inputs = spec.described()
+    inputs = spec.described()
     # Pooled statistics take a pass of their own.
     passes = 1 + len({column.pooled for column in spec.options["columns"]})
     for function, kernels in ((forward, passes), (backward, passes + 2)):
         with abstract_gpu():
-            lowered = jax.jit(function).trace(shapes).lower(lowering_platforms=("cuda",))
+            lowered = jax.jit(function).trace(inputs.shapes).lower(lowering_platforms=("cuda",))
         assert lowered.as_text().count("xla.gpu.triton") == kernels
 
 
