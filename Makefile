@@ -15,16 +15,15 @@ test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not peer"
 
 # Only one process on a machine may hold the TPU compiler, so what needs it runs alone.
-SLOWER := tests/kernels tests/train tests/kvx/test_contracts.py tests/kvx/test_latent_contracts.py tests/kvx/test_mesh.py \
+SLOWER := tests/train tests/kvx/test_contracts.py tests/kvx/test_latent_contracts.py tests/kvx/test_mesh.py \
 	tests/kvx/cli/test_distill.py tests/eval/cost tests/eval/plan
-SLOW := tests/kvx tests/models tests/eval tests/test_wheel.py $(SLOWER:%=--ignore=%)
+SLOW := tests/kernels tests/kvx tests/models tests/eval tests/test_wheel.py $(SLOWER:%=--ignore=%)
 
 slow: $(VENV)/aot
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not peer and not aot and not long" $(SLOW)
 	$(BIN)/python -m pytest -m "slow and aot and not peer and not long" $(SLOW)
 
-# Every method under every contract and on a mesh, kernels under interpreters and the TPU compiler, training in several
-# processes: beyond what .ci/run has time for.
+# Every method under every contract and on a mesh, training in several processes: beyond what .ci/run has time for.
 slower: $(VENV)/aot
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not peer and not aot and not long" $(SLOWER)
 	$(BIN)/python -m pytest -m "slow and aot and not peer" $(SLOWER)

@@ -116,12 +116,12 @@ def _small(name: str, build: Callable[[jax.Array], dict[str, Any]], dtype: Any, 
 F32, BF16 = jnp.float32, jnp.bfloat16
 
 NUMERIC = (
-    _small("runs, 3 query heads", ragged(2, (3, 3, 64), 50, F32, joined=True), F32, False),
+    _small("runs, 3 query heads", ragged(2, (3, 3, 64), 52, F32, joined=True), F32, False),
     _small("runs, D 128", ragged(2, (2, 4, 128), 300, F32), F32, False),
     _small("runs, bfloat16, D 128", ragged(2, (4, 7, 128), 700, BF16), BF16, False, longest=2000),
     _small("runs, 4 queries", ragged(2, (2, 2, 128), 200, F32, new=4), F32, False),
     _small("runs, window and softcap", ragged(1, (2, 1, 128), 200, F32, new=1), F32, False, window=100, softcap=5.0),
-    _small("run, MQA, D 256", ragged(3, (1, 8, 256), 520, BF16), BF16, False),
+    _small("run, MQA, D 256", ragged(3, (1, 8, 256), 528, BF16), BF16, False),
     _small("pages of 16, 3 query heads", paged(2, (3, 3, 64), 70, 16, F32, joined=True), F32, True),
     _small("pages of 64, bfloat16", paged(2, (2, 4, 128), 1000, 64, BF16), BF16, True),
     _small("pages of 16, 4 queries", paged(2, (2, 2, 128), 200, 16, F32, new=4), F32, True),

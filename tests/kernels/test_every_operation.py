@@ -63,8 +63,10 @@ def by_tpu_interpreter() -> list:
     found += [(call, prefill_tpu.Tuning(128, 128)) for call in prefill(64, 64)]
     for call in NUMERIC:
         own = call.operation in ("decode_attention", "prefill_attention")
-        # On a TPU the slots of latents are last.
-        if not own and call.spec.options.get("slots_last", True) and "mosaic_tpu" in implementations(call.operation):
+        # On a TPU the slots of latents are last, and pages are whole tiles.
+        options = {"slots_last": True, "page": 8} | dict(call.spec.options)
+        taken = options["slots_last"] and options["page"] > 1
+        if taken and not own and "mosaic_tpu" in implementations(call.operation):
             found.append((call, None))
     return [pytest.param(*each, id=str(each[0])) for each in found]
 
