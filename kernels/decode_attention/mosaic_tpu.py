@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kvx.kernels.decode_attention.call import LONGEST_RUN, Call, Found, with_tail_logits
-from kvx.kernels.decode_attention.mosaic_tpu_kernel import Facts, kernel
+from kvx.kernels.decode_attention.mosaic_tpu_kernel import Facts, kernel, range_tile
 from kvx.kernels.decode_attention.operands import Operand, Rows
 from kvx.kernels.implementations import LANES
 from kvx.kernels.merge_partials import Partial
@@ -69,7 +69,7 @@ def _operand_refusal(name: str, operand: Operand) -> str | None:
 
 def attend(call: Call, tuning: Tuning | None = None) -> Found:
     """A grid over rows, blocks of heads and blocks of slots; blocks behind the longest head are not fetched."""
-    batch, heads, rows, _ = call.queries.shape
+    batch, heads, rows, dim = call.queries.shape
     slots, width = call.keys.slots, call.values.width
     # Positions lie heads by slots: a block of heads fills whole tiles of sublanes, or is all of them.
     share = SUBLANES if heads % SUBLANES == 0 else heads
@@ -78,11 +78,12 @@ def attend(call: Call, tuning: Tuning | None = None) -> Found:
     lengths = jnp.full((batch, heads), slots, jnp.int32) if call.lengths is None else call.lengths.astype(jnp.int32)
     ends = jnp.max(pl.cdiv(lengths.reshape(batch, -1, share), block), axis=-1)
     inputs, specs = _inputs(call, share, block)
+    facts = Facts.of(call, share, block, _heads_within(call))
     # Logits with the T queries of a head apart, as the caller will show them: put apart later, they would be copied.
     apart = (rows // call.length, call.length, slots)
     shapes = {"out": (rows, width), "lse": (rows, 1)} | ({"logits": apart} if call.logits else {})
     found = pl.pallas_call(
-        partial(kernel, call=Facts.of(call, share, block, _heads_within(call))),
+        partial(kernel, call=facts),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, heads // share, blocks),
@@ -97,6 +98,7 @@ def attend(call: Call, tuning: Tuning | None = None) -> Found:
                 pltpu.VMEM((share, rows, LANES), jnp.float32),
                 pltpu.VMEM((share, rows, LANES), jnp.float32),
                 pltpu.VMEM((share, rows, width), jnp.float32),
+                *([pltpu.VMEM((share, facts.range_tile, dim), jnp.uint32)] if facts.range_tile else []),
             ],
         ),
         out_shape={name: jax.ShapeDtypeStruct((batch, heads, *shape), jnp.float32) for name, shape in shapes.items()},
@@ -120,8 +122,10 @@ def _block(call: Call, share: int, wanted: int | None) -> int:
             unit = unit * step // gcd(unit, step)
     limit = 2048 if isinstance(call.keys, Rows) else 1024
     block = wanted or min(max(BLOCK_BYTES // bytes_per_slot, unit), limit)
-    block = max(block // unit, 1) * unit
-    return min(block, call.keys.slots)
+    units = max(block // unit, 1)
+    if range_tile(call.keys):
+        units = 1 << (units.bit_length() - 1)  # so that blocks divide a tile of ranges
+    return min(units * unit, call.keys.slots)
 
 
 def _inputs(call: Call, share: int, block: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,7 +145,9 @@ def _inputs(call: Call, share: int, block: int) -> tuple[dict[str, Any], dict[st
                 put(f"{name}_scale", operand.scale, _whole(share, (1,)))
         else:
             put(name, operand.words, along_last(operand.words.shape[2]))
-            if isinstance(operand, ChannelCodes):
+            if range_tile(operand):
+                put(f"{name}_ranges", jnp.swapaxes(operand.ranges, 2, 3), _tiles_of_ranges(share, block, operand))
+            elif isinstance(operand, ChannelCodes):
                 group = block // operand.group if block % operand.group == 0 else operand.ranges.shape[2]
                 put(f"{name}_ranges", operand.ranges, _streamed(share, group, False, operand.width))
             else:
@@ -175,6 +181,17 @@ def _heads_within(call: Call) -> bool:
         return False
     entries, heads = call.tail.keys.shape[2], call.queries.shape[1]
     return entries % SUBLANES != 0 and heads % SUBLANES == 0
+
+
+def _tiles_of_ranges(share: int, block: int, keys: ChannelCodes) -> pl.BlockSpec:
+    """Ranges of channels, groups last: a tile stays while blocks of slots take their groups out of it."""
+    tile = range_tile(keys)
+
+    def at_tile(row, head, at, ends, _):
+        at = jnp.minimum(at, jnp.maximum(ends[row, head] - 1, 0))
+        return row, head, 0, jax.lax.div(at * (block // keys.group), tile)
+
+    return pl.BlockSpec((1, share, keys.width, tile), at_tile)
 
 
 def _whole(share: int, shape: Sequence[int]) -> pl.BlockSpec:

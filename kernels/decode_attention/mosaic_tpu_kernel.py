@@ -3,6 +3,9 @@
 With c a code, s its scale and m its minimum, q . (c s + m) is (q s) . c + q . m where a range belongs to channels, and
 s (q . c) + m sum(q) where it belongs to a slot; likewise for the weights of the values. So scales touch the few query
 rows and never the many codes.
+
+Ranges of channels are a row of D numbers a group. Where D does not fill lanes, memory holds them turned about, groups
+last; they come as tiles of 128 groups, which are turned on the chip.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kvx.kernels.decode_attention.call import Call
 from kvx.kernels.decode_attention.operands import Operand, Rows
+from kvx.kernels.implementations import LANES
 from kvx.kernels.logits import capped
 from kvx.kernels.quantize_pack.coded import ChannelCodes, range_minimum, range_scale
 
@@ -38,6 +42,11 @@ class Layout:
         return cls(True, operand.bits, operand.group, not isinstance(operand, ChannelCodes))
 
 
+def range_tile(operand: Operand) -> int:
+    """Groups of a tile of ranges that lie with their groups last; 0: they do not."""
+    return LANES if isinstance(operand, ChannelCodes) and operand.groups_last else 0
+
+
 @dataclass(frozen=True)
 class Facts:
     """What the kernel knows of its call when it is compiled."""
@@ -49,6 +58,7 @@ class Facts:
     slots: int
     bounded: bool
     heads_within: bool
+    range_tile: int
     scale: float
     window: int | None
     softcap: float | None
@@ -65,6 +75,7 @@ class Facts:
             call.keys.slots,
             call.lengths is not None,
             heads_within,
+            range_tile(call.keys),
             call.scale,
             call.window,
             call.softcap,
@@ -72,9 +83,10 @@ class Facts:
         )
 
 
-def kernel(ends, lengths, refs, outs, top, total, sums, *, call: Facts) -> None:
+def kernel(ends, lengths, refs, outs, top, total, sums, *tiles, call: Facts) -> None:
     """One grid step: a block of slots of a block of heads; the last one takes the tail and divides."""
     row, head, at = (pl.program_id(axis) for axis in range(3))
+    groups = call.block // call.keys.group if tiles else 0
 
     @pl.when(at == 0)
     def _():
@@ -82,11 +94,24 @@ def kernel(ends, lengths, refs, outs, top, total, sums, *, call: Facts) -> None:
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
+    if tiles:
+
+        @pl.when((at < ends[row, head]) & (jax.lax.rem(at * groups, call.range_tile) == 0))
+        def _():
+            for index in range(call.share):
+                tiles[0][index] = refs["keys_ranges"][0, index].T
+
+    def ranges_of(index):
+        if not tiles:
+            return refs["keys_ranges"][0, index]
+        first = jax.lax.rem(at * groups, call.range_tile)
+        return tiles[0][index, pl.ds(first, groups), :]
+
     @pl.when(at < ends[row, head])
     def _():
         def one(index, _):
             end = jnp.minimum(lengths[row, head * call.share + index], call.slots)
-            _block_of_head(index, at * call.block, end, refs, outs, (top, total, sums), call)
+            _block_of_head(index, at * call.block, end, refs, ranges_of, outs, (top, total, sums), call)
             return 0
 
         jax.lax.fori_loop(0, call.share, one, 0)
@@ -102,12 +127,12 @@ def kernel(ends, lengths, refs, outs, top, total, sums, *, call: Facts) -> None:
         outs["lse"][0] = jnp.where(mass > 0, top[...][..., :1] + jnp.log(divisor), -jnp.inf)
 
 
-def _block_of_head(index, start, end, refs, outs, state, call: Facts) -> None:
+def _block_of_head(index, start, end, refs, ranges_of, outs, state, call: Facts) -> None:
     """One block of slots of one head."""
     queries = refs["queries"][0, index].astype(call.dtype)
     slot = start + jax.lax.broadcasted_iota(jnp.int32, (1, call.block), 1)
     ragged = call.bounded or call.slots % call.block != 0
-    scores = capped(call.scale * _scores(index, queries, refs, call), call.softcap)
+    scores = capped(call.scale * _scores(index, queries, refs, ranges_of, call), call.softcap)
     if "bias" in refs:
         scores = scores + refs["bias"][0, pl.ds(index, 1), :]
     seen = slot < end if ragged else None
@@ -154,13 +179,13 @@ def _soften(index, scores, state):
     return weights, fade
 
 
-def _scores(index, queries, refs, call: Facts):
+def _scores(index, queries, refs, ranges_of, call: Facts):
     """q . k of a block, float32 (rows, slots)."""
     layout, ref = call.keys, refs["keys"]
     if layout.bits is None:
         scores = _dot(queries, _floats(ref[0, index], call.dtype), not layout.slots_last)
         return scores * _scale(refs["keys_scale"], index) if "keys_scale" in refs else scores
-    codes, ranges = _codes(ref[0, index], layout.bits, call.dtype), refs["keys_ranges"][0, index]
+    codes, ranges = _codes(ref[0, index], layout.bits, call.dtype), ranges_of(index)
     scale, minimum = range_scale(ranges), range_minimum(ranges)
     if layout.by_slot:
         parts = [

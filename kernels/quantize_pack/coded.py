@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, Shaped, UInt32
 
+from kvx.kernels.implementations import LANES
 from kvx.kernels.pytree import pytree
 from kvx.kernels.quantize_pack.uniform_codes import pack, quantize, quantize_residual, unpack
 
@@ -35,6 +36,11 @@ class ChannelCodes:
     ranges: UInt32[Array, "B G M D"]
     bits: int = field(metadata={"static": True})
     lower: UInt32[Array, "B G w P"] | None = None
+
+    @property
+    def groups_last(self) -> bool:
+        """Whether a TPU holds the ranges turned about: what fills its lanes is the groups, not the channels."""
+        return self.ranges.shape[3] % LANES != 0 and self.ranges.shape[2] >= LANES
 
     @classmethod
     def encode(cls, rows: Float[Array, "B G P D"], bits: int, group: int, nested: bool = False) -> "ChannelCodes":

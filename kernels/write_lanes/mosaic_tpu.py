@@ -22,7 +22,9 @@ def refusal(array: Shaped[Array, "B G D C"], size: int) -> str | None:
     if array.dtype.itemsize not in (2, 4):
         return f"array has dtype {array.dtype}, the kernel takes those of 16 and 32 bits"
     tile = 32 // array.dtype.itemsize, LANES
-    if array.shape[2] % tile[0] or array.shape[3] % tile[1]:
+    # Codes of 2 bits of a narrow head are 4 rows of words, its ranges may be 1: memory has tiles as small as those.
+    low = array.dtype.itemsize == 4 and array.shape[2] in (1, 2, 4)
+    if (array.shape[2] % tile[0] and not low) or array.shape[3] % tile[1]:
         return f"heads of the array have shape {array.shape[2:]}, the kernel takes whole tiles of {tile}"
     return f"rows have blocks of {size} slots, the kernel takes divisors of {LANES}" if LANES % size else None
 

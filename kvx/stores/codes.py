@@ -6,8 +6,9 @@ The arrays themselves are the kernels' (`kvx.kernels.quantize_pack.coded`): one 
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
+from kvx.kernels.implementations import target_platform
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 from kvx.kernels.write_lanes import write_lanes
 from kvx.stores.slots import scatter
@@ -24,9 +25,18 @@ def write_blocks(codes: ChannelCodes, blocks: Int[Array, "B G m"], new: ChannelC
     return replace(
         codes,
         words=put_words(codes.words, new.words),
-        ranges=scatter(codes.ranges, blocks, new.ranges),
+        ranges=_put_ranges(codes, blocks, new.ranges),
         lower=codes.lower if codes.lower is None or new.lower is None else put_words(codes.lower, new.lower),
     )
+
+
+def _put_ranges(
+    codes: ChannelCodes, blocks: Int[Array, "B G m"], new: UInt32[Array, "B G m D"]
+) -> UInt32[Array, "B G M D"]:
+    if target_platform() == "tpu" and codes.groups_last:
+        # As they lie there; a scatter would turn all of them about and back.
+        return jnp.swapaxes(write_lanes(jnp.swapaxes(codes.ranges, 2, 3), blocks, new[..., None]), 2, 3)
+    return scatter(codes.ranges, blocks, new)
 
 
 def write_slots(codes: TokenCodes, slots: Int[Array, "B G m"], new: TokenCodes) -> TokenCodes:

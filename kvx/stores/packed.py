@@ -9,6 +9,7 @@ from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.decode_attention.operands import Tail
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
+from kvx.kernels.write_lanes import write_lanes
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.base import nbytes
@@ -125,8 +126,7 @@ class Packed:
             jnp.take_along_axis(self.tail.keys, block[..., None], axis=2), self.keys.bits, self.group
         )
         groups = self._free_groups(codes.ranges.shape[-2], due)
-        by_group = self.slots.reshape(*self.slots.shape[:2], -1, self.group)
-        reserved = jnp.full((*groups.shape, self.group), RESERVED, jnp.int32)
+        reserved = jnp.full((*groups.shape, 1, self.group), RESERVED, jnp.int32)
         age = (jnp.arange(size) - first) % size
         place = jnp.take_along_axis(groups, jnp.minimum(age // self.group, groups.shape[-1] - 1), axis=-1)
         moved = due[..., None] & (age < size - 1)
@@ -138,17 +138,17 @@ class Packed:
         return replace(
             self,
             keys=write_blocks(self.keys, groups, codes),
-            slots=scatter(by_group, groups, reserved).reshape(self.slots.shape),
+            slots=write_lanes(self.slots[:, :, None], groups, reserved)[:, :, 0],
             places=jnp.where(moved, place * self.group + age % self.group, self.places),
             tail=self._read(codes.scale, replace(self.tail, keys=keys)),
         )
 
     def _free_groups(self, count: int, due: Bool[Array, "B G"]) -> Int[Array, "B G m"]:
         """The first `count` groups that hold nothing; indices beyond the last where nothing is due."""
-        by_group = self.slots.reshape(*self.slots.shape[:2], -1, self.group)
-        index = jnp.arange(by_group.shape[2])
+        first = self.slots[..., :: self.group]  # a group is reserved, and released, as a whole
+        index = jnp.arange(first.shape[-1])
         # Groups in use count as beyond the last, each by its own index: the scatter is promised distinct ones.
-        usable = jnp.all(by_group == FREE, axis=-1) & due[..., None]
+        usable = (first == FREE) & due[..., None]
         return jnp.sort(jnp.where(usable, index, index + index.size), axis=-1)[..., :count]
 
     def _flush_value(self, active: Bool[Array, "B G"]) -> "Packed":

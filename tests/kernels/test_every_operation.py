@@ -35,6 +35,7 @@ DECODE = {
     "int8": build("int8", (1, 1, 8, 160, 128), dtype=jnp.float32),
     "fp8": build("fp8", (1, 1, 2, 128, 128), dtype=jnp.float32, masked="positions"),
     "int4": build("int4", (2, 1, 3, 512, 64), dtype=jnp.float32, masked="both", tail=17, group=32),
+    "int4 and ranges turned": build("int4", (1, 3, 2, 32 * 192, 64), masked="lengths", dtype=jnp.float32, group=32),
     "int2": build("int2", (1, 2, 2, 512, 128), dtype=jnp.float32),
     "uint8": build("uint8", (1, 1, 2, 256, 64), dtype=jnp.float32, group=32, masked="positions"),
     "by slot": build("int4", (1, 1, 2, 256, 64), dtype=jnp.float32, group=32, masked="positions", keys_of="slots"),

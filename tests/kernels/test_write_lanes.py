@@ -43,6 +43,8 @@ def test_those_blocks_change_and_none_beyond_the_end(seed, sizes):
         (300, 64, 128, 1, 1, jnp.bfloat16),  # more tiles than are in flight together
         (3, 8, 12, 32, 4, jnp.uint32),  # blocks of codes, several in one tile
         (2, 16, 3, 128, 2, jnp.uint32),
+        (2, 4, 12, 32, 2, jnp.uint32),  # words of 2 bits of a head of 64
+        (3, 1, 256, 1, 1, jnp.uint32),  # its ranges
     ],
 )
 def test_the_tpu_kernel_writes_the_same(heads, width, count, size, most, dtype):

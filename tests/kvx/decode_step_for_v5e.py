@@ -56,6 +56,7 @@ PROGRAMS = {
     "narrow quest": ("quest(budget=512, skip=())", SLOTS - ROOM, RULES, NARROW),
     "narrow adakv": ("adakv(budget=1024)", SLOTS - ROOM, RULES, NARROW),
     "narrow paged": ("paged()", SLOTS - ROOM, RULES, NARROW),
+    "narrow kivi": ("kivi(bits=2)", SLOTS - ROOM, RULES, NARROW),
     "narrow streaming": (f"streaming_llm(budget={SLOTS - ROOM})", SLOTS - ROOM, RULES, NARROW),
     "snapkv": (f"snapkv(budget={SLOTS - ROOM})", 2 * SLOTS, RULES, LLAMA_8B),
     # A long prompt, so that most of it lies on the host.
