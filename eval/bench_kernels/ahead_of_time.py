@@ -107,7 +107,12 @@ def _compile(call: Call, chip: str, sharding: jax.sharding.Sharding, implementat
 
 
 def _moves(text: str) -> Iterator[tuple[str, int]]:
-    for kind, shape, layout, operation in _MOVES.findall(text):
-        if _ON_CHIP in layout:
+    """Operations that move arrays, and bytes; of what is fused, the last one, since the others never reach memory."""
+    fused = False
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            fused = line.startswith("%fused_computation")
+        found = _MOVES.search(line)
+        if found is None or _ON_CHIP in found[3] or (fused and "ROOT" not in line):
             continue
-        yield operation, int(np.prod([int(n) for n in shape.split(",") if n])) * _BYTES.get(kind, 4)
+        yield found[4], int(np.prod([int(n) for n in found[2].split(",") if n])) * _BYTES.get(found[1], 4)

@@ -73,7 +73,9 @@ def test_copies_are_read_from_a_programs_text_and_fetches_are_none():
     copied = "  %c = bf16[2,64]{1,0:T(8,128)(2,1)} copy(bf16[2,64] %p)\n"
     added = "  %d = f32[8] add(f32[8] %a, f32[8] %b)\n"
     fetched = "  %e = bf16[2,64]{1,0:T(8,128)(2,1)S(1)} copy(bf16[2,64] %p)\n"
-    assert list(_moves(copied + added + fetched)) == [("copy", 256)]
+    body = "  %f = f32[4]{0} convert(%p)\n  ROOT %g = f32[2]{0} convert(%f)\n"
+    fused = "%fused_computation.1 (p: f32[4]) -> f32[4] {\n" + body + "}\n"
+    assert list(_moves(fused + "ENTRY %main {\n" + copied + added + fetched)) == [("convert", 8), ("copy", 256)]
 
 
 def test_every_operation_lists_its_shapes_and_unknown_ones_are_refused():
