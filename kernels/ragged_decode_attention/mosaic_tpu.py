@@ -153,6 +153,9 @@ def _first_row(start: Any, step: Any, block: int, tile: int, rows: int) -> Any:
 def _positions_by_column(reads: Reads, block: int) -> Int[Array, "L C"]:
     """True positions of what the columns of a list's blocks hold."""
     blocks = -(-(reads.longest + (_sublanes(reads) if reads.table is None else 0)) // block)
+    if reads.slot_positions is not None:
+        beyond = blocks * block - reads.slot_positions.shape[1]
+        return jnp.pad(reads.slot_positions, ((0, 0), (0, beyond)), constant_values=-1)
     if reads.table is not None:
         slots = jnp.broadcast_to(jnp.arange(blocks * block), (len(reads.lengths), blocks * block))
         return reads.key_positions[reads.rows(slots)]  # type: ignore[index]

@@ -27,6 +27,7 @@ class Reads:
         page: rows a page, 1 for a run.
         longest: static bound on `lengths`.
         query_positions, key_positions: true positions, the latter by row, -1 where empty; None: every slot is seen.
+        slot_positions: the latter by slot of each list, for who cannot look them up in passing; None: look them up.
     """
 
     queries: Float[Array, "L M D"]
@@ -40,6 +41,7 @@ class Reads:
     longest: int
     query_positions: Int[Array, "L M"] | None
     key_positions: Int[Array, "N"] | None
+    slot_positions: Int[Array, "L C"] | None = None
 
     def rows(self, slots: Int[Array, "L S"]) -> Int[Array, "L S"]:
         """The row of each slot, in range also where the list has none."""
