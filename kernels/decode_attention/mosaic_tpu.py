@@ -123,8 +123,9 @@ def _block(call: Call, share: int, wanted: int | None) -> int:
     limit = 2048 if isinstance(call.keys, Rows) else 1024
     block = wanted or min(max(BLOCK_BYTES // bytes_per_slot, unit), limit)
     units = max(block // unit, 1)
-    if range_tile(call.keys):
-        units = 1 << (units.bit_length() - 1)  # so that blocks divide a tile of ranges
+    if tile := range_tile(call.keys):
+        # Blocks divide a tile of ranges.
+        units = 1 << (min(units, tile * call.keys.group // unit).bit_length() - 1)
     return min(units * unit, call.keys.slots)
 
 
