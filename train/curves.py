@@ -86,6 +86,8 @@ def curve(
         seed: of the order of rows.
         source: the teacher.
     """
+    if _is_over(folder, setting):
+        return True
     student = _converted(start, source, train, setting)
     share, shares = row_share(placement)
     rows = setting.stage.batch
@@ -143,6 +145,12 @@ def folder_of(out: Path, start: str, seed: int) -> Path:
     """A curve's folder: readable, and no other start's."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", start).strip("-")[-60:]
     return out / f"{readable}-{hashlib.sha256(start.encode()).hexdigest()[:6]}-seed{seed}"
+
+
+def _is_over(folder: Path, setting: Setting) -> bool:
+    """Whether the last step was judged; known before anything is converted."""
+    lines = read(folder / FILE) if (folder / FILE).exists() else []
+    return any("held_out" in line and int(line["step"]) >= setting.steps for line in lines)
 
 
 def _converted(start: str, source: Any, train: Integer[np.ndarray, "N"], setting: Setting) -> Any:
