@@ -14,7 +14,7 @@ demo: $(VENV)/kvx
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not peer"
 
-# Only one process on a machine may hold the TPU compiler, so what needs it runs alone.
+# The TPU compiler uses every core there is, so what needs it runs by itself.
 SLOWER := tests/train tests/kvx/test_contracts.py tests/kvx/test_latent_contracts.py tests/kvx/test_mesh.py \
 	tests/kvx/cli/test_distill.py tests/eval/cost tests/eval/plan
 SLOW := tests/kernels tests/kvx tests/models tests/eval tests/test_wheel.py $(SLOWER:%=--ignore=%)

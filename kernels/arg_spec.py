@@ -28,12 +28,12 @@ class Described:
     """
 
     shapes: list[jax.ShapeDtypeStruct]
-    tree: jax.tree_util.PyTreeDef
+    tree: Any
 
     @property
     def names(self) -> list[str]:
         """The argument that each belongs to."""
-        _, arguments = self.tree.node_data()  # type: ignore[misc]
+        _, arguments = self.tree.node_data()
         parts = zip(arguments, self.tree.children(), strict=True)
         return [name for name, part in parts for _ in range(part.num_leaves)]
 

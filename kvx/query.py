@@ -12,6 +12,7 @@ from kvx.kernels.decode_attention.operands import Operand, Rows
 from kvx.kernels.latent_decode_attention import latent_decode_attention
 from kvx.kernels.latent_decode_attention.operands import Rows as LatentRows
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 from kvx.pytree import pytree, static
 from kvx.rotary import Rotary
 
@@ -68,6 +69,7 @@ class Query:
             rotated: the queries as the store rotates them; None: at their true positions.
         """
         if self.spec.latent:
+            assert not isinstance(keys, ChannelCodes | TokenCodes), "coded latents are rows of their own kind"
             rows = keys if isinstance(keys, Rows) else Rows(keys)
             return self.attend_rows(rows.array[:, 0], slots[:, 0], rotated, slots_last=rows.slots_last)
         queries = self.rotated if rotated is None else rotated

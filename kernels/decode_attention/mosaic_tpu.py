@@ -123,9 +123,9 @@ def _block(call: Call, share: int, wanted: int | None) -> int:
     limit = 2048 if isinstance(call.keys, Rows) else 1024
     block = wanted or min(max(BLOCK_BYTES // bytes_per_slot, unit), limit)
     units = max(block // unit, 1)
-    if tile := range_tile(call.keys):
+    if isinstance(call.keys, ChannelCodes) and call.keys.groups_last:
         # Blocks divide a tile of ranges.
-        units = 1 << (min(units, tile * call.keys.group // unit).bit_length() - 1)
+        units = 1 << (min(units, LANES * call.keys.group // unit).bit_length() - 1)
     return min(units * unit, call.keys.slots)
 
 
@@ -146,7 +146,7 @@ def _inputs(call: Call, share: int, block: int) -> tuple[dict[str, Any], dict[st
                 put(f"{name}_scale", operand.scale, _whole(share, (1,)))
         else:
             put(name, operand.words, along_last(operand.words.shape[2]))
-            if range_tile(operand):
+            if isinstance(operand, ChannelCodes) and operand.groups_last:
                 put(f"{name}_ranges", jnp.swapaxes(operand.ranges, 2, 3), _tiles_of_ranges(share, block, operand))
             elif isinstance(operand, ChannelCodes):
                 group = block // operand.group if block % operand.group == 0 else operand.ranges.shape[2]

@@ -86,7 +86,7 @@ class Paged(OverDense):
 
     def probabilities(self, query: Query, lse: Float[Array, "B G R T"]) -> Float[Array, "B G R T C"]:
         index, chosen = self.choose(query)
-        held = tuple(_merged(self._pages(array, index)) for array in (self.inner.keys, self.inner.values))
+        held = _merged(self._pages(self.inner.keys, index)), _merged(self._pages(self.inner.values, index))
         queries, keys = self.inner.layout.asked(query.rotated, held)
         slots = self._chosen_slots(index, chosen)
         read = decode_probabilities(queries, keys, query.positions, slots, lse, **query.masking)

@@ -63,9 +63,12 @@ class Pages:
         tokens, mask = tokens.with_form(rotated=True), mask & tokens.present
         used = jnp.sum(mask, axis=-1, dtype=jnp.int32)
         layout = layout_for(tokens, by_rows=True)
-        empty = (jnp.zeros((pages, page, array.shape[-1]), array.dtype) for array in (tokens.keys, tokens.values))
+
+        def empty(array):
+            return jnp.zeros((pages, page, array.shape[-1]), array.dtype)
+
         pool = cls(
-            *layout.hold(tuple(empty)),
+            *layout.hold((empty(tokens.keys), empty(tokens.values))),
             jnp.full((pages, page), -1, jnp.int32),
             _handed_out(pages_for(used, page, room), -(-(longest + room) // page)),
             used,
@@ -194,11 +197,11 @@ class Pages:
     def _pages(self, runs: Int[Array, "n"]) -> tuple[Array, Array, Int[Array, "B G C"]]:
         """Keys, values and positions of some runs; zeros where there is no token, since 0 * nan would be nan."""
         positions, pages = self._positions(runs), self._page_of(runs)
-        held = tuple(
-            jnp.where((positions >= 0)[..., None], array[pages].reshape(*positions.shape, array.shape[-1]), 0)
-            for array in (self.keys, self.values)
-        )
-        return *self.layout.show(held), positions
+
+        def present(array):
+            return jnp.where((positions >= 0)[..., None], array[pages].reshape(*positions.shape, array.shape[-1]), 0)
+
+        return *self.layout.show((present(self.keys), present(self.values))), positions
 
     def _page_of(self, runs: Int[Array, "n"]) -> Int[Array, "B G n"]:
         """In range also where there is none: what is read there is not used."""
