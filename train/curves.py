@@ -3,7 +3,8 @@
     python -m kvx.train.curves OUT --start "transmla(rank=64, rotary=32)" --start ... --train a.npy --held-out b.npy
 
 Every curve is a run of its own in a folder of its own; all see the same rows in the same order. A curve that is over is
-read, one that was interrupted goes on. `curves.jsonl` and `curves.csv` hold all that is there, also along the way.
+read, one that was interrupted goes on. `curves.jsonl`, `curves.csv` and `curves.png` hold all that is there, also along
+the way.
 """
 
 import csv
@@ -23,6 +24,7 @@ from rich.console import Console
 import kvx
 from kvx.errors import BadInput
 from kvx.mesh import Placement
+from kvx.train.curves_plot import plot
 from kvx.train.data.token_file import map_tokens
 from kvx.train.job import CheckpointSection, EvaluateSection, LossSection, StageSection
 from kvx.train.loop import Trainer
@@ -116,7 +118,7 @@ def curve(
 
 
 def collect(out: Path, keys: Iterable[tuple[str, int]], tokens: int) -> list[dict[str, Any]]:
-    """Every evaluation that is there, and the two files of them.
+    """Every evaluation that is there, and the files of them.
 
     Args:
         keys: starts and seeds.
@@ -138,6 +140,7 @@ def collect(out: Path, keys: Iterable[tuple[str, int]], tokens: int) -> list[dic
             writer = csv.DictWriter(stream, list(found[0]))
             writer.writeheader()
             writer.writerows(found)
+        plot(found, out / "curves.png")
     return found
 
 

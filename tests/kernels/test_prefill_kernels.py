@@ -124,10 +124,11 @@ def test_triton_lowers_for_cuda(spec):
     inputs = spec.described()
     # Pooled statistics take a pass of their own.
     passes = 1 + len({column.pooled for column in spec.options["columns"]})
-    for function, kernels in ((forward, passes), (backward, passes + 2)):
+    # The derivative takes two, and the statistics, which nobody reads there, may be dropped.
+    for function, kernels in ((forward, {passes}), (backward, {3, passes + 2})):
         with abstract_gpu():
             lowered = jax.jit(function).trace(inputs.shapes).lower(lowering_platforms=("cuda",))
-        assert lowered.as_text().count("xla.gpu.triton") == kernels
+        assert lowered.as_text().count("xla.gpu.triton") in kernels
 
 
 def abstract_gpu():

@@ -40,6 +40,7 @@ def test_curves_are_trained_once_and_written_together(tmp_path):
     assert latent[-1]["perplexity"] < latent[0]["perplexity"]
     with open(tmp_path / "out" / "curves.csv", newline="") as stream:
         assert [float(row["perplexity"]) for row in csv.DictReader(stream)] == [line["perplexity"] for line in lines]
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     written = (folder_of(tmp_path / "out", starts[1], 0) / "metrics.jsonl").stat().st_mtime_ns
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
