@@ -35,6 +35,9 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     if teachers:
         axes.axhline(teachers[0], color="black", linestyle="--", linewidth=1, label="teacher")
     axes.set(xlabel="tokens", ylabel="held-out perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)
