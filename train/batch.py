@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from jaxtyping import Bool, Integer
 
 from kvx.pytree import pytree, static
@@ -24,6 +25,11 @@ class Batch:
     positions: Integer[Any, "*parts B T"]
     mask: Bool[Any, "*parts B T"]
     packed: bool = static(True)
+
+    def part(self, share: int, shares: int) -> "Batch":
+        """One process's rows of a whole batch, which its number of rows divides."""
+        rows = len(self.tokens) // shares
+        return jax.tree.map(lambda array: array[share * rows : (share + 1) * rows], self)
 
 
 @pytree

@@ -1,4 +1,4 @@
-"""Learning curves of several starts beside one teacher: held-out perplexity against tokens, one command, resumable.
+"""Learning curves of several starts beside one teacher: held-out perplexity and passkeys against tokens, resumable.
 
     python -m kvx.train.curves OUT --start "transmla(rank=64, rotary=32)" --start ... --train a.npy --held-out b.npy
 
@@ -24,6 +24,7 @@ from rich.console import Console
 import kvx
 from kvx.errors import BadInput
 from kvx.mesh import Placement
+from kvx.train.batch import Batch
 from kvx.train.curves_plot import plot
 from kvx.train.data.token_file import map_tokens
 from kvx.train.job import CheckpointSection, EvaluateSection, LossSection, StageSection
@@ -31,6 +32,7 @@ from kvx.train.loop import Trainer
 from kvx.train.mesh import ALONG_ROWS, check_batch, make_placement, row_share
 from kvx.train.metrics import FILE, read
 from kvx.train.objective import objective
+from kvx.train.recall import passkeys, prompts
 from kvx.train.windows import Windows, held_out
 
 TOKENS = "uint16"
@@ -76,6 +78,7 @@ def curve(
     source: Any,
     train: Integer[np.ndarray, "N"],
     judge: Integer[np.ndarray, "M"],
+    keys: Sequence[Batch],
     setting: Setting,
     folder: Path,
     placement: Placement,
@@ -87,13 +90,14 @@ def curve(
         start: a recipe as text, "none", or the folder of a model that was converted before.
         seed: of the order of rows.
         source: the teacher.
+        keys: batches of passkeys; empty: none are asked for.
     """
     if _is_over(folder, setting):
         return True
     student = _converted(start, source, train, setting)
     share, shares = row_share(placement)
     rows = setting.stage.batch
-    judged = [_part(batch, share, shares) for batch in held_out(judge, setting.length, rows, setting.judged)]
+    judged = [batch.part(share, shares) for batch in held_out(judge, setting.length, rows, setting.judged)]
     latent = [index for index, block in enumerate(student.blocks) if block.spec.latent]
     trainer = Trainer(
         student,
@@ -105,6 +109,7 @@ def curve(
         teacher=source,
         teacher_dtype=setting.teacher_dtype,
         held_out=judged,
+        passkeys=[batch.part(share, shares) for batch in keys],
         placement=placement,
         checkpoint=CheckpointSection(every=setting.checkpoint, keep=1, best=False),
         evaluate=EvaluateSection(every=setting.every),
@@ -133,11 +138,12 @@ def collect(out: Path, keys: Iterable[tuple[str, int]], tokens: int) -> list[dic
                 facts = {"start": start, "seed": seed, "step": int(line["step"]), "tokens": int(line["step"]) * tokens}
                 teacher = line.get("teacher_held_out")
                 beside = {} if teacher is None else {"teacher_perplexity": float(np.exp(teacher))}
+                beside |= {name: line[name] for name in ("passkey", "teacher_passkey") if name in line}
                 found.append({**facts, "held_out": line["held_out"], "perplexity": line["perplexity"], **beside})
     (out / "curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     if found:
         with open(out / "curves.csv", "w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(found[0]))
+            writer = csv.DictWriter(stream, list(dict.fromkeys(name for line in found for name in line)))
             writer.writeheader()
             writer.writerows(found)
         plot(found, out / "curves.png")
@@ -169,16 +175,6 @@ def _converted(start: str, source: Any, train: Integer[np.ndarray, "N"], setting
         rows = np.asarray(train[-setting.calibration * setting.length :], np.int32).reshape(-1, setting.length)
         moments = measure_moments(source, [rows[first : first + 8] for first in range(0, len(rows), 8)])
     return convert(source, recipe, moments)[0]
-
-
-def _part(batch: Any, share: int, shares: int) -> Any:
-    import jax
-
-    def cut(array: Any) -> Any:
-        rows = len(array) // shares
-        return array[share * rows : (share + 1) * rows]
-
-    return jax.tree.map(cut, batch)
 
 
 def _starts(starts: Sequence[str]) -> None:
@@ -213,6 +209,7 @@ def _command(
     every: Annotated[int, typer.Option("--evaluations", help="Of a curve, after the one at its start.", min=1)] = 20,
     kept: Annotated[int, typer.Option("--checkpoints", help="Of a curve, from which it may go on.", min=1)] = 10,
     judged: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 16384,
+    asked: Annotated[int, typer.Option("--passkeys", help="Asked at every evaluation, of a row's length.", min=0)] = 0,
     calibration: Annotated[int, typer.Option(help="Rows that conversions read, from the text's end.", min=8)] = 128,
     seconds: Annotated[float | None, typer.Option(help="Wall-clock limit of a curve in this call.")] = None,
 ) -> None:
@@ -242,11 +239,13 @@ def _command(
     out.mkdir(parents=True, exist_ok=True)
     enable_compilation_cache()
     console = Console(stderr=True)
-    source, _ = kvx.load(model, dtype="float32")
+    source, tokenizer = kvx.load(model, dtype="float32")
+    hidden = prompts(tokenizer, tokenizer.decode(other.tolist()), length, asked) if asked else []
+    questions = passkeys(tokenizer, hidden, batch) if hidden else []
     keys = [(each, number) for number in seed or [0] for each in start]
     for each, number in keys:
         console.print(f"{each}, seed {number}", highlight=False)
-        curve(each, number, source, text, other, setting, folder_of(out, each, number), placement, console)
+        curve(each, number, source, text, other, questions, setting, folder_of(out, each, number), placement, console)
         collect(out, keys, batch * length)
     for line in collect(out, keys, batch * length):
         if line["step"] in (0, steps):

@@ -1,27 +1,41 @@
-"""Held-out cross-entropy of a student and its teacher along the way, nats per token."""
+"""What a student and its teacher know along the way: means over the same batches at every evaluation."""
 
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+from jaxtyping import Array, Float
 
-from kvx.train.objective import text_loss
+from kvx.decoder import Decoder
+from kvx.mesh import Placement
 from kvx.train.parameters import Arrays, Frame, cast
 from kvx.train.step import Step
 
 
-class HeldOut:
+@runtime_checkable
+class Measure(Protocol):
+    """A number of a model over a batch: `kvx.train.objective.text_loss`, `kvx.train.recall.recalled`."""
+
+    def __call__(
+        self, model: Decoder, batch: Any, placement: Placement | None = None, /
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The number, and how many tokens or rows it is the mean of."""
+        ...
+
+
+class Judge:
     """Batches to judge by.
 
     Args:
         step: how both models lie and compute.
-        batches: this process's rows of each, the same at every evaluation.
+        measure: what is asked.
+        batches: this process's rows of each, the same at every evaluation; at least one.
     """
 
-    def __init__(self, step: Step, batches: Sequence[Any]):
-        self._step, self._batches = step, batches
+    def __init__(self, step: Step, measure: Measure, batches: Sequence[Any]):
+        self._step, self._measure, self._batches = step, measure, batches
         self._teacher: float | None = None
 
     def student(self, arrays: Arrays) -> float:
@@ -52,7 +66,7 @@ class HeldOut:
         return jax.jit(lambda arrays, batch: self._sums(frame, arrays, batch))
 
     def _sums(self, frame: Frame, arrays: Arrays, batch: Any) -> tuple[Any, Any]:
-        mean, count = text_loss(self._step.model(frame, arrays), batch, self._step.placement)
+        mean, count = self._measure(self._step.model(frame, arrays), batch, self._step.placement)
         return mean * count, count
 
     def _mean(self, sums: Any, arrays: Arrays) -> float:

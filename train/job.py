@@ -252,7 +252,7 @@ class EvaluateSection(Section):
     Attributes:
         every: steps between evaluations.
         tokens: of held-out text.
-        passkey: prompts of the passkey workload at the end; 0: none.
+        passkey: prompts of the passkey workload, asked along the way and, policy by policy, at the end; 0: none.
         passkey_length: tokens of each.
         policies: of the cache, as text: the trained model is judged under each, through the decode path.
     """

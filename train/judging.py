@@ -1,8 +1,6 @@
 """How a trained student does with its own cache: perplexity through the decode path, and passkeys, policy by policy."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -10,11 +8,10 @@ from rich.console import Console
 
 import kvx
 from kvx.decoder import Decoder
-from kvx.models.tokenizer import Tokenizer
 from kvx.progress import Steps
-from kvx.prose import Prose, prose
-from kvx.train.data import Encoding, held_out_batches
-from kvx.train.job import Job
+from kvx.prose import prose
+from kvx.train.data import held_out_batches
+from kvx.train.material import Material
 
 ROWS = 4
 """Of held-out text, judged in one batch; half of each is the prompt."""
@@ -40,15 +37,10 @@ class Verdict:
     passkey: float | None
 
 
-def judge(
-    model: Decoder, tokenizer: Tokenizer, held_out: Sequence[Any], job: Job, console: Console
-) -> tuple[Verdict, ...]:
-    """The verdicts of a job's policies; none without held-out text.
-
-    Args:
-        held_out: documents.
-    """
-    if not held_out or not job.evaluate.policies:
+def judge(model: Decoder, material: Material, console: Console) -> tuple[Verdict, ...]:
+    """The verdicts of a job's policies; none without held-out text."""
+    job, tokenizer = material.job, material.tokenizer
+    if not material.held_out or not job.evaluate.policies:
         return ()
     from kvx.eval.perplexity import perplexities
     from kvx.eval.readying import ready
@@ -56,51 +48,40 @@ def judge(
     policies = [kvx.parse_policy(text) for text in job.evaluate.policies]
     # Those that learn do so on other text than they are judged by.
     policies = ready(policies, model, tokenizer, prose(), CALIBRATION, job.seed)
-    rows = _rows(held_out, tokenizer, job.data.sequence)
+    rows = _rows(material)
     with Steps(len(policies) + job.evaluate.passkey, console) as steps:
         measured = perplexities(model, rows, job.data.sequence // 2, policies)
         sizes = []
         for policy in policies:
             steps(f"perplexity: {policy.text}")
             sizes.append(next(measured))
-        shares = _passkeys(model, tokenizer, held_out, job, policies, steps)
+        shares = _passkeys(model, material, policies, steps)
     return tuple(
         Verdict(policy.text, size[0], size[1], shares.get(policy.text))
         for policy, size in zip(policies, sizes, strict=True)
     )
 
 
-def _rows(held_out: Sequence[Any], tokenizer: Tokenizer, sequence: int) -> Int[np.ndarray, "B T"]:
+def _rows(material: Material) -> Int[np.ndarray, "B T"]:
     """Rows of held-out text without padding."""
-    encoding = Encoding.of(tokenizer)
-    batches = held_out_batches(held_out, encoding, sequence=sequence, batch=1, tokens=ROWS * sequence)
+    sequence = material.job.data.sequence
+    batches = held_out_batches(material.held_out, material.encoding, sequence=sequence, batch=1, tokens=ROWS * sequence)
     whole = [batch.tokens for batch in batches if batch.mask.all()]
     return np.concatenate(whole or [batches[0].tokens])
 
 
-def _passkeys(
-    model: Decoder, tokenizer: Tokenizer, held_out: Sequence[Any], job: Job, policies: list[kvx.Policy], steps: Steps
-) -> dict[str, float]:
+def _passkeys(model: Decoder, material: Material, policies: list[kvx.Policy], steps: Steps) -> dict[str, float]:
     """Share of keys found, by a policy's text; the question is part of the prompt."""
     from kvx.eval.answering import answer, batches
     from kvx.eval.prompts import Frame
     from kvx.eval.tasks.registry import find
-    from kvx.eval.tasks.source import Source
 
-    count, task, frame = job.evaluate.passkey, find("passkey"), Frame()
-    if not count:
+    samples, tokenizer, score = material.prompts, material.tokenizer, find("passkey").score
+    if not samples:
         return {}
-    text = Prose("held-out text", "\n\n".join(_texts(held_out, tokenizer)))
-    samples = task.make(Source(tokenizer, text, frame), job.evaluate.passkey_length, count, job.seed)
     shares = dict.fromkeys((policy.text for policy in policies), 0.0)
-    for number, batch in enumerate(batches(tokenizer, frame, samples, 1, "aware"), 1):
-        steps(f"passkeys: {number} of {count}")
+    for number, batch in enumerate(batches(tokenizer, Frame(), samples, 1, "aware"), 1):
+        steps(f"passkeys: {number} of {len(samples)}")
         for policy, answered in answer(model, tokenizer, batch, "aware", policies):
-            shares[policy.text] += task.score(answered.texts[0][0], batch.samples[0].questions[0]) / count
+            shares[policy.text] += score(answered.texts[0][0], batch.samples[0].questions[0]) / len(samples)
     return shares
-
-
-def _texts(held_out: Sequence[Any], tokenizer: Tokenizer) -> list[str]:
-    """Documents as text; those that are token ids are decoded."""
-    texts = (held_out[index] for index in range(len(held_out)))
-    return [each if isinstance(each, str) else tokenizer.decode(each) for each in texts]

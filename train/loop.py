@@ -19,13 +19,15 @@ from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.mesh import Placement
 from kvx.train.checkpoints import Checkpoints
-from kvx.train.evaluation import HeldOut
+from kvx.train.evaluation import Judge
 from kvx.train.flops import peak, training_flops
 from kvx.train.interruption import Interruption
 from kvx.train.job import CheckpointSection, EvaluateSection, StageSection
 from kvx.train.mesh import make_placement
 from kvx.train.metrics import Metrics
+from kvx.train.objective import text_loss
 from kvx.train.parameters import Arrays, Frame, cast
+from kvx.train.recall import recalled
 from kvx.train.step import Objective, Step, TrainState, abstract
 
 
@@ -81,6 +83,7 @@ class Trainer:
         teacher: frozen; None: the objective needs none.
         teacher_dtype: of its pass.
         held_out: batches to judge by, the same on every run; empty: nothing is judged.
+        passkeys: batches by `kvx.train.recall.passkeys`, asked whenever held-out text is judged.
         placement: of the mesh; None: all devices along "data".
         converted: layers that train="attention" means; None: all.
         facts: about the run, kept with every checkpoint, as JSON holds them.
@@ -98,6 +101,7 @@ class Trainer:
     teacher: Any = None
     teacher_dtype: str = "bfloat16"
     held_out: Sequence[Any] = ()
+    passkeys: Sequence[Any] = ()
     placement: Placement = field(default_factory=make_placement)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
@@ -113,7 +117,8 @@ class Trainer:
         guide = None if self.teacher is None else Frame(self.teacher)
         self.step = Step(self.frame, names, self.stage, self.steps, self.objective, self.placement, guide)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.checkpoint)
-        self.judge = HeldOut(self.step, self.held_out)
+        self.judge = Judge(self.step, text_loss, self.held_out)
+        self.recall = Judge(self.step, recalled, self.passkeys)
 
     def run(self, resume: bool = False) -> Outcome:
         """Train to the end of the stage, or until told to stop.
@@ -205,6 +210,10 @@ class Trainer:
         numbers = {"held_out": loss, "perplexity": math.exp(min(loss, 700.0))}
         if teacher is not None:
             numbers["teacher_held_out"] = self.judge.teacher(teacher)
+        if self.passkeys:
+            numbers["passkey"] = self.recall.student(self.step.student(state, frozen))
+            if teacher is not None:
+                numbers["teacher_passkey"] = self.recall.teacher(teacher)
         metrics.evaluation(step, numbers)
         return loss
 

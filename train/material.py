@@ -13,9 +13,13 @@ from kvx.models.tokenizer import Tokenizer
 from kvx.train.batch import Batch
 from kvx.train.data import Encoding, Stream, held_out_batches, open_documents, open_pairs, pair_batches, text_batches
 from kvx.train.job import Job
+from kvx.train.recall import passkeys, prompts
 
 TOGETHER = 4
 """Rows of a calibration batch."""
+
+HIDING = 2_000_000
+"""Characters of held-out text, at least, that passkeys are hidden in, if there are as many."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Material:
         encoding: documents to ids.
         train, held_out: documents; empty where the job names none.
         pairs: of preferences.
+        prompts: of the passkey workload, hidden in held-out text; empty where the job asks for none.
     """
 
     job: Job
@@ -36,6 +41,7 @@ class Material:
     train: Sequence[Any]
     held_out: Sequence[Any]
     pairs: Sequence[dict[str, str]]
+    prompts: Sequence[Any] = ()
 
     def batches(self, stage: int, share: int = 0, shares: int = 1) -> Stream:
         """Endless batches of a stage, each stage in an order of its own.
@@ -64,6 +70,12 @@ class Material:
             share=share,
             shares=shares,
         )
+
+    def passkeys(self, stage: int, share: int = 0, shares: int = 1) -> list[Batch]:
+        """The prompts as rows, in batches as large as those of `judged`."""
+        section = self.job.stages[stage]
+        batches = passkeys(self.tokenizer, self.prompts, section.batch // section.accumulate) if self.prompts else []
+        return [batch.part(share, shares) for batch in batches]
 
     def calibration(self) -> list[Int[np.ndarray, "B T"]]:
         """Full rows of the training text, in the order of the job's seed, for conversions that read some."""
@@ -109,6 +121,20 @@ def read_material(job: Job, source: Model) -> Material:
         return open_documents(paths, name, field=data.field, end=end, dtype=data.tokens_dtype)
 
     pairs = open_pairs(data.pairs.train, "data.pairs.train") if data.pairs.train else ()
-    return Material(
-        job, tokenizer, encoding, texts(data.train, "data.train"), texts(data.held_out, "data.held_out"), pairs
-    )
+    train, held_out, asked = texts(data.train, "data.train"), texts(data.held_out, "data.held_out"), job.evaluate
+    hidden = []
+    if asked.passkey:
+        hidden = prompts(tokenizer, _text(held_out, tokenizer), asked.passkey_length, asked.passkey, job.seed)
+    return Material(job, tokenizer, encoding, train, held_out, pairs, hidden)
+
+
+def _text(documents: Sequence[Any], tokenizer: Tokenizer) -> str:
+    """The first documents, as many as hide keys well; those that are token ids are decoded."""
+    found, characters = [], 0
+    for index in range(len(documents)):
+        document = documents[index]
+        found.append(document if isinstance(document, str) else tokenizer.decode(document))
+        characters += len(found[-1])
+        if characters > HIDING:
+            break
+    return "\n\n".join(found)

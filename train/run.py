@@ -132,7 +132,7 @@ def run_job(
     verdicts: tuple[Verdict, ...] = ()
     if jax.process_index() == 0:
         _save(student, material, folder / "model")
-        verdicts = judge(student, material.tokenizer, material.held_out, job, shown)
+        verdicts = judge(student, material, shown)
     return Result(job.name, str(folder), True, *sizes, tuple(steps), held_out, guide, verdicts, str(folder / "model"))
 
 
@@ -191,6 +191,7 @@ def _trainer(
         teacher=guide,
         teacher_dtype=job.teacher.dtype,
         held_out=material.judged(index, share, shares),
+        passkeys=material.passkeys(index, share, shares),
         placement=placement,
         checkpoint=job.checkpoint,
         evaluate=job.evaluate,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvx.errors import BadInput
 from kvx.eval.tasks.source import Source
 
 _ENDS = (".", "!", "?", '."', ".)", '?"', '!"')
@@ -24,7 +25,13 @@ class Haystack:
 
     @classmethod
     def of(cls, source: Source, random: np.random.Generator) -> "Haystack":
-        """From a sentence's beginning that chance picks."""
+        """From a sentence's beginning that chance picks.
+
+        Raises:
+            BadInput: prose without any.
+        """
+        if not source.words:
+            raise BadInput(f"text={source.prose.name!r} has no running text to hide in; allowed: a paragraph at least")
         begins = [0, *(at + 1 for at, word in enumerate(source.words[:-1]) if word.endswith(_ENDS))]
         return cls(source.words, begins[int(random.integers(len(begins)))])
 

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kvx
-from kvx.train.curves import app, folder_of
+from kvx.train.curves import app, collect, folder_of
 from tests.train.tiny_runs import models, text
 
 
@@ -49,3 +49,17 @@ def test_curves_are_trained_once_and_written_together(tmp_path):
 
 def test_folders_of_starts_that_read_alike_are_not_the_same(tmp_path):
     assert folder_of(tmp_path, "a(1)", 0) != folder_of(tmp_path, "a[1]", 0) != folder_of(tmp_path, "a[1]", 1)
+
+
+def test_passkeys_are_written_and_drawn_where_they_were_asked_for(tmp_path):
+    kinds = {"a": {"passkey": 0.5, "teacher_passkey": 1.0}, "b": {}}
+    for start, beside in kinds.items():
+        folder = folder_of(tmp_path, start, 0)
+        folder.mkdir()
+        line = {"step": 3, "held_out": 2.0, "perplexity": 7.4, "teacher_held_out": 1.0, **beside}
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "loss": 1.0}) + "\n" + json.dumps(line) + "\n")
+    found = collect(tmp_path, [(start, 0) for start in ("b", "a", "never run")], 10)
+    assert [(line["start"], line["tokens"], line.get("passkey")) for line in found] == [("b", 30, None), ("a", 30, 0.5)]
+    with open(tmp_path / "curves.csv", newline="") as stream:
+        assert [row["teacher_passkey"] for row in csv.DictReader(stream)] == ["", "1.0"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -134,7 +134,7 @@ def trainer(folder, steps, *, placement=None, every=4, keep=3, seconds=0.0, eval
         Path(folder),
         teacher=teacher,
         teacher_dtype="float32",
-        held_out=[each_share(batch, share, shares) for batch in judged],
+        held_out=[batch.part(share, shares) for batch in judged],
         placement=placement,
         checkpoint=CheckpointSection(every=every, keep=keep),
         evaluate=EvaluateSection(every=2 * every),
@@ -142,12 +142,6 @@ def trainer(folder, steps, *, placement=None, every=4, keep=3, seconds=0.0, eval
         tensorboard=False,
         console=Console(quiet=True),
     )
-
-
-def each_share(batch, share, shares):
-    """A process's rows of a batch."""
-    rows = len(batch.tokens) // shares
-    return jax.tree.map(lambda array: array[share * rows : (share + 1) * rows], batch)
 
 
 if __name__ == "__main__":
