@@ -205,7 +205,7 @@ def _command(
     kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.", min=0)] = 1.0,
     chunk: Annotated[int, typer.Option(help="Tokens whose logits exist at a time.", min=1)] = 2048,
     dtype: Annotated[str, typer.Option(help="Of both passes: float32 or bfloat16.")] = "float32",
-    remat: Annotated[bool, typer.Option(help="Recompute activations, to save memory.")] = False,
+    remat: Annotated[str, typer.Option(help="Activations to recompute, to save memory: none, dots or full.")] = "none",
     every: Annotated[int, typer.Option("--evaluations", help="Of a curve, after the one at its start.", min=1)] = 20,
     kept: Annotated[int, typer.Option("--checkpoints", help="Of a curve, from which it may go on.", min=1)] = 10,
     judged: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 16384,
@@ -226,8 +226,14 @@ def _command(
     from kvx.compilation_cache import enable_compilation_cache
 
     loss = LossSection(ce=ce, kl=kl, chunk=chunk)
-    values: dict[str, Any] = {"schedule": schedule, "compute_dtype": dtype, "warmup": warmup, "train": trained}
-    stage = StageSection(tokens=tokens, batch=batch, learning_rate=rate, loss=loss, remat=remat, **values)
+    values: dict[str, Any] = {
+        "schedule": schedule,
+        "compute_dtype": dtype,
+        "warmup": warmup,
+        "train": trained,
+        "remat": remat,
+    }
+    stage = StageSection(tokens=tokens, batch=batch, learning_rate=rate, loss=loss, **values)
     steps = stage.total_steps(length)
     setting = Setting(stage, length, max(1, steps // every), judged, calibration, max(1, steps // kept), dtype, seconds)
     placement = make_placement(ALONG_ROWS)

@@ -18,7 +18,11 @@ from kvx.decoder import Block, Decoder
 from kvx.mesh import Placement, place_parameters
 from kvx.pytree import pytree
 from kvx.train.attention import causal_attention
+from kvx.train.job import Remat
 from kvx.train.mesh import GATHERED
+
+KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+"""What of a layer outlives its forward pass. Products with weights have no batch dimensions, attention's have."""
 
 
 @pytree
@@ -52,7 +56,7 @@ def run(
     positions: Int[Array, "B T"] | None = None,
     *,
     placement: Placement | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
     hidden: bool = False,
     heads: bool = False,
 ) -> Pass:
@@ -62,7 +66,7 @@ def run(
         segments: the document of each token; None: a row is one document.
         positions: within the documents; None: within the row.
         placement: of the mesh that the model lies on.
-        remat: recompute a layer's activations in the backward pass.
+        remat: which of a layer's activations are recomputed in the backward pass.
         hidden, heads: what to keep beside the result.
     """
     gather = None if placement is None else Placement(placement.mesh, GATHERED)
@@ -78,8 +82,8 @@ def run(
             x, _ = layer(block, x)
             return x, x if hidden else None
 
-        if remat:
-            body = jax.checkpoint(body, prevent_cse=len(alike) == 1)
+        if remat != "none":
+            body = jax.checkpoint(body, prevent_cse=len(alike) == 1, policy=KEPT[remat])
         if len(alike) == 1:
             x, out = body(x, alike[0])
             kept.append(None if out is None else out[None])

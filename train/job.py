@@ -15,6 +15,11 @@ AxisSize = Count | Literal[-1]
 """Devices along an axis of the mesh; -1: all that the others leave."""
 
 
+Remat = Literal["none", "dots", "full"]
+"""What a layer's backward pass recomputes: nothing, so that all activations are kept; everything but the results of its
+projections, attention's scores above all; or everything, so that only the layer's input is kept."""
+
+
 @dataclass(frozen=True)
 class TeacherSection(Section):
     """Whom the student imitates.
@@ -143,7 +148,7 @@ class StageSection(Section):
         clip: global norm of the gradient; None: as it is.
         loss: weights of the losses.
         train: "all"; "attention": what was converted; or a regular expression found in the parameters' paths.
-        remat: keep no activations of a layer but its input.
+        remat: which activations of a layer are recomputed in the backward pass, to save memory.
         compute_dtype: of the student's pass; its master weights are float32.
         ema: decay of a running mean of the weights, which is then what is judged and saved; None: none.
     """
@@ -162,7 +167,7 @@ class StageSection(Section):
     clip: Positive | None = 1.0
     loss: LossSection = LossSection()
     train: str = "all"
-    remat: bool = True
+    remat: Remat = "full"
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     ema: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from kvx.decoder import Decoder
 from kvx.mesh import Placement
 from kvx.train.forward import Pass, run
-from kvx.train.job import LossSection, StageSection
+from kvx.train.job import LossSection, Remat, StageSection
 from kvx.train.losses import LOGIT_LOSSES, hidden_loss, log_probabilities, logit_losses, next_tokens
 from kvx.train.preferences import dpo_loss
 from kvx.train.relations import relation_loss
@@ -38,12 +38,12 @@ class Distillation:
     Attributes:
         loss: weights and settings.
         placement: of the mesh.
-        remat: recompute the student's layers for the gradient.
+        remat: of the student's layers.
     """
 
     loss: LossSection
     placement: Placement | None = None
-    remat: bool = False
+    remat: Remat = "none"
 
     def __call__(
         self, student: Decoder, teacher: Decoder | None, batch: Any
@@ -51,7 +51,7 @@ class Distillation:
         """See `kvx.train.step.Objective`."""
         targets, counted = next_tokens(batch.tokens, batch.segments, batch.mask)
         mine = self._run(student, batch, self.remat)
-        guide = None if teacher is None else jax.lax.stop_gradient(self._run(teacher, batch, False))
+        guide = None if teacher is None else jax.lax.stop_gradient(self._run(teacher, batch, "none"))
         names = [name for name in LOGIT_LOSSES if getattr(self.loss, name)]
         terms = logit_losses(
             mine.last,
@@ -76,7 +76,7 @@ class Distillation:
         total = sum(weighted, jnp.float32(0))
         return total, jnp.sum(counted, dtype=jnp.float32), terms
 
-    def _run(self, model: Decoder, batch: Any, remat: bool) -> Pass:
+    def _run(self, model: Decoder, batch: Any, remat: Remat) -> Pass:
         return run(
             model,
             batch.tokens,
@@ -95,7 +95,7 @@ class Preference:
 
     loss: LossSection
     placement: Placement | None = None
-    remat: bool = False
+    remat: Remat = "none"
 
     def __call__(
         self, student: Decoder, teacher: Decoder | None, batch: Any
@@ -103,13 +103,13 @@ class Preference:
         """See `kvx.train.step.Objective`."""
         assert teacher is not None, "preferences are learned against a reference"
         policy = self._answer(student, batch.chosen, self.remat), self._answer(student, batch.rejected, self.remat)
-        reference = self._answer(teacher, batch.chosen, False), self._answer(teacher, batch.rejected, False)
+        reference = self._answer(teacher, batch.chosen, "none"), self._answer(teacher, batch.rejected, "none")
         losses, margins = dpo_loss(*policy, *reference, self.loss.beta)
         right = jnp.mean((margins > 0).astype(jnp.float32))
         pairs = jnp.float32(losses.shape[0])
         return jnp.mean(losses), pairs, {"margin": jnp.mean(margins), "preferred": right}
 
-    def _answer(self, model: Decoder, texts: Any, remat: bool) -> Float[Array, "B"]:
+    def _answer(self, model: Decoder, texts: Any, remat: Remat) -> Float[Array, "B"]:
         """log-probability of each row's answer given its prompt."""
         targets, counted = next_tokens(texts.tokens, texts.segments, texts.mask)
         last = run(model, texts.tokens, texts.segments, texts.positions, placement=self.placement, remat=remat).last

@@ -46,7 +46,7 @@ def models():
 def stage(**changes):
     """Fast learning in float32."""
     values = {"steps": 50, "batch": 8, "learning_rate": 3e-3, "warmup": 2, "compute_dtype": "float32"}
-    return StageSection(**{**values, "loss": LossSection(ce=0.5, kl=1.0, chunk=64), "remat": False, **changes})
+    return StageSection(**{**values, "loss": LossSection(ce=0.5, kl=1.0, chunk=64), "remat": "none", **changes})
 
 
 def mesh(devices=8, **axes):
