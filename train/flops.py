@@ -38,11 +38,12 @@ def forward_flops(model: Decoder, length: int) -> tuple[float, float]:
     """Operations of a forward pass per token, in all and in products with weights alone.
 
     Args:
+        model: its parameters may be shapes.
         length: tokens of a row, of which one sees half on average.
     """
     blocks = sum(_matrices(block) for block in model.blocks)
     # The output matrix is a table with an entry for every token id and channel, tied or not.
-    row = jax.eval_shape(model.embed, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    row = jax.eval_shape(lambda model, tokens: model.embed(tokens), model, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     weights = 2.0 * (blocks + model.vocabulary * row.shape[-1])
     specs = [block.expanded.spec for block in model.blocks]
     attention = sum(2.0 * spec.heads * (spec.key_dim + spec.value_dim) * length / 2 for spec in specs)

@@ -18,9 +18,9 @@ from kvx.errors import BadInput
 from kvx.mesh import Placement
 from kvx.models.build import Model
 from kvx.section_file import table_from
-from kvx.train.convert import Report, convert, measure_moments, recipe
+from kvx.train.checkpoints import Checkpoints
 from kvx.train.job import Job
-from kvx.train.job_checks import NO_CONVERSION, check_job, recipe_options
+from kvx.train.job_checks import check_job
 from kvx.train.judging import Verdict, judge
 from kvx.train.loop import Trainer
 from kvx.train.material import Material, read_material
@@ -28,6 +28,7 @@ from kvx.train.mesh import make_placement, row_share
 from kvx.train.metrics import FILE, read
 from kvx.train.objective import needs_teacher, objective
 from kvx.train.parameters import Frame, cast
+from kvx.train.start import begin, begun
 
 RESUMABLE = ("mesh", "checkpoint", "evaluate")
 """Sections that a resumed run may change: where it runs and what is written, not what is computed."""
@@ -99,7 +100,7 @@ def run_job(
     What can be known before is checked before: the job, then its texts and the tokenizer, then weights are read.
 
     Args:
-        resume: go on from the newest checkpoint; stages that are over are only read.
+        resume: go on from the newest checkpoint, without converting again; stages that are over are only read.
         seconds: wall-clock limit of each stage in this call; None: none.
         tensorboard: write its files beside the metrics.
         console: of the progress; None: standard error.
@@ -113,10 +114,7 @@ def run_job(
     _claim(folder, job, resume)
     material = read_material(job, shapes)
     source, _ = kvx.load(job.model, dtype=jnp.float32)
-    student, report = converted(source, material)
-    if report is not None and jax.process_index() == 0:
-        shown.print(report)
-    sizes = (None, None) if report is None else (report.before, report.after)
+    student, sizes = begun(folder) if resume and _is_kept(job) else begin(source, material, folder, shown)
     teacher, steps, finished = _teacher(job, source), [], True
     for stage in range(len(job.stages)):
         trainer = _trainer(material, stage, student, teacher, make_placement(job.mesh), seconds, tensorboard, shown)
@@ -136,16 +134,6 @@ def run_job(
     return Result(job.name, str(folder), True, *sizes, tuple(steps), held_out, guide, verdicts, str(folder / "model"))
 
 
-def converted(source: Model, material: Material) -> tuple[Model, Report | None]:
-    """The student before its training, and what its conversion did."""
-    job = material.job
-    if job.convert.recipe == NO_CONVERSION:
-        return source, None
-    chosen = recipe(job.convert.recipe, **recipe_options(job))
-    moments = measure_moments(source, material.calibration()) if chosen.reads_text else None
-    return convert(source, chosen, moments)
-
-
 def on_host(student: Model, dtype: str) -> Model:
     """The model on this process's first device, parameters in another dtype; every process has to call it."""
     frame = Frame(student)
@@ -159,6 +147,12 @@ def on_host(student: Model, dtype: str) -> Model:
 def stage_folder(job: Job, stage: int) -> Path:
     """Where a stage keeps its metrics and checkpoints."""
     return Path(str(job.output)).expanduser() / f"stage-{stage}-{job.stages[stage].kind}"
+
+
+def _is_kept(job: Job) -> bool:
+    """Whether the first stage has its student from a checkpoint; preferences need it as it was before, too."""
+    kept = Checkpoints(stage_folder(job, 0) / "checkpoints").steps()
+    return bool(kept) and job.stages[0].kind != "dpo"
 
 
 def _teacher(job: Job, source: Model) -> Model:
