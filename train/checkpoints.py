@@ -4,13 +4,14 @@ A checkpoint is a folder `step-00000100`:
 
     arrays/          every array of the state and of what is frozen, by name, sharded as it was
     data.json        where in the data: the same for all processes, so that another number of them may go on
-    facts.json       step, held-out loss if it was measured there, seed and job
+    facts.json       step, held-out loss if it was measured there, the job, what the student is
     manifest.json    written last: a folder without it is unfinished and does not count
 
 Whatever is random is drawn by seed and step (or by the data's state), so these are the generator's state.
 """
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from kvx.errors import BadInput
 from kvx.train import manifest
 from kvx.train.job import CheckpointSection
+from kvx.train.processes import agreed, meet
 
 PREFIX = "step-"
+NONE = -1
 STANDARD = CheckpointSection()
 
 
@@ -58,7 +60,7 @@ class Checkpoints:
             folder.mkdir(parents=True)
             (folder / "facts.json").write_text(json.dumps({"step": step, **facts}, indent=1))
             (folder / "data.json").write_text(json.dumps(data))
-        _meet(f"{folder.name} is there")
+        meet(f"{folder.name} is there")
         self._orbax.save(folder / "arrays", args=_orbax().args.StandardSave(_named(tree)))
         self._finishing = threading.Thread(target=self._finish, args=(folder,), name="checkpoint")
         self._finishing.start()
@@ -85,8 +87,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all finished checkpoints, whole or damaged, in order."""
-        found = sorted(self.folder.glob(f"{PREFIX}*"))
-        return [int(path.name.removeprefix(PREFIX)) for path in found if manifest.exists(path)]
+        return [int(path.name.removeprefix(PREFIX)) for path in self._folders() if manifest.exists(path)]
 
     def newest(self) -> int | None:
         """The step of the newest finished checkpoint, once every file of it was checked; None: there is none.
@@ -94,16 +95,18 @@ class Checkpoints:
         Raises:
             BadInput: a damaged file; names it, and the newest checkpoint before it that is whole.
         """
-        found, refusal = None, None
-        if jax.process_index() == 0:
-            try:
-                found = self._checked()
-            except BadInput as error:
-                refusal = error
-        answer = _told(-2 if refusal else -1 if found is None else found)
-        if answer == -2:
-            raise refusal or BadInput(f"{self.folder} holds a damaged checkpoint, which the first process names")
-        return None if answer == -1 else answer
+        damaged = f"{self.folder} holds a damaged checkpoint, which the first process names"
+        found = agreed(lambda: NONE if (step := self._checked()) is None else step, damaged)
+        return None if found == NONE else found
+
+    def facts(self) -> dict[str, Any] | None:
+        """What was kept with the newest finished checkpoint, of which this file alone is checked; None: there is none.
+
+        Raises:
+            BadInput: as `newest`.
+        """
+        step = self._checked("facts.json")
+        return None if step is None else json.loads((self._path(step) / "facts.json").read_text())
 
     def restore(self, step: int, target: Any) -> tuple[Any, dict[str, Any], Any]:
         """A checkpoint that was checked.
@@ -123,10 +126,10 @@ class Checkpoints:
     def clear_unfinished(self) -> None:
         """Remove what an interrupted run left half-written."""
         if jax.process_index() == 0:
-            for path in self.folder.glob(f"{PREFIX}*"):
+            for path in self._folders():
                 if not manifest.exists(path):
                     shutil.rmtree(path)
-        _meet("unfinished checkpoints are gone")
+        meet("unfinished checkpoints are gone")
 
     @property
     def _orbax(self) -> Any:
@@ -138,13 +141,17 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}{step:08d}"
 
-    def _checked(self) -> int | None:
+    def _folders(self) -> list[Path]:
+        """Of checkpoints, in order; what a user has renamed is none."""
+        return sorted(path for path in self.folder.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d{{8,}}", path.name))
+
+    def _checked(self, only: str | None = None) -> int | None:
         steps = self.steps()
         if not steps:
             return None
         newest = self._path(steps[-1])
         try:
-            manifest.check(newest)
+            manifest.check(newest, only)
         except manifest.Damage as damage:
             raise BadInput(f"checkpoint {damage}; {self._offer(steps[:-1])}") from None
         return steps[-1]
@@ -192,19 +199,3 @@ def _named(tree: Any) -> dict[str, Any]:
     """Arrays by their paths: a checkpoint knows no class of ours."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _meet(what: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
-
-
-def _told(number: int) -> int:
-    """The first process's number, on every process."""
-    if jax.process_count() == 1:
-        return number
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

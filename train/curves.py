@@ -8,118 +8,28 @@ the way.
 """
 
 import csv
-import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from jaxtyping import Integer
 from rich.console import Console
 
 import kvx
 from kvx.errors import BadInput
-from kvx.mesh import Placement
-from kvx.train.batch import Batch
+from kvx.train.curve import UNCONVERTED, Bench, Setting, folder_of
 from kvx.train.curves_plot import plot
 from kvx.train.data.token_file import map_tokens
-from kvx.train.job import CheckpointSection, EvaluateSection, LossSection, StageSection
-from kvx.train.loop import Trainer
-from kvx.train.mesh import ALONG_ROWS, check_batch, make_placement, row_share
+from kvx.train.interruption import Interruption
+from kvx.train.job import LossSection, StageSection
+from kvx.train.mesh import ALONG_ROWS, check_batch, make_placement
 from kvx.train.metrics import FILE, read
-from kvx.train.objective import objective
 from kvx.train.recall import passkeys, prompts
-from kvx.train.windows import Windows, held_out
 
 TOKENS = "uint16"
 """Of .bin files."""
-
-UNCONVERTED = "none"
-"""The start that is the source itself: the control."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all curves share.
-
-    Attributes:
-        stage: of training.
-        length: tokens of a row.
-        every: steps between evaluations.
-        judged: tokens of held-out text.
-        calibration: rows of the training text for conversions that read any, from its end.
-        checkpoint: steps between checkpoints.
-        teacher_dtype: of the teacher's pass.
-        seconds: wall-clock limit of a curve in one call; None: none.
-    """
-
-    stage: StageSection
-    length: int
-    every: int
-    judged: int
-    calibration: int
-    checkpoint: int
-    teacher_dtype: str
-    seconds: float | None
-
-    @property
-    def steps(self) -> int:
-        """Of a curve."""
-        return self.stage.total_steps(self.length)
-
-
-def curve(
-    start: str,
-    seed: int,
-    source: Any,
-    train: Integer[np.ndarray, "N"],
-    judge: Integer[np.ndarray, "M"],
-    keys: Sequence[Batch],
-    setting: Setting,
-    folder: Path,
-    placement: Placement,
-    console: Console,
-) -> bool:
-    """Train one start; whether it came to its end.
-
-    Args:
-        start: a recipe as text, "none", or the folder of a model that was converted before.
-        seed: of the order of rows.
-        source: the teacher.
-        keys: batches of passkeys; empty: none are asked for.
-    """
-    if _is_over(folder, setting):
-        return True
-    student = _converted(start, source, train, setting)
-    share, shares = row_share(placement)
-    rows = setting.stage.batch
-    judged = [batch.part(share, shares) for batch in held_out(judge, setting.length, rows, setting.judged)]
-    latent = [index for index, block in enumerate(student.blocks) if block.spec.latent]
-    trainer = Trainer(
-        student,
-        setting.stage,
-        objective(setting.stage, placement),
-        Windows(train, setting.length, rows, seed, share, shares),
-        setting.steps,
-        folder,
-        teacher=source,
-        teacher_dtype=setting.teacher_dtype,
-        held_out=judged,
-        passkeys=[batch.part(share, shares) for batch in keys],
-        placement=placement,
-        checkpoint=CheckpointSection(every=setting.checkpoint, keep=1, best=False),
-        evaluate=EvaluateSection(every=setting.every),
-        converted=latent or None,
-        facts={"start": start, "seed": seed},
-        seconds=setting.seconds,
-        tensorboard=False,
-        console=console,
-    )
-    return trainer.run(resume=True).finished
 
 
 def collect(out: Path, keys: Iterable[tuple[str, int]], tokens: int) -> list[dict[str, Any]]:
@@ -148,33 +58,6 @@ def collect(out: Path, keys: Iterable[tuple[str, int]], tokens: int) -> list[dic
             writer.writerows(found)
         plot(found, out / "curves.png")
     return found
-
-
-def folder_of(out: Path, start: str, seed: int) -> Path:
-    """A curve's folder: readable, and no other start's."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", start).strip("-")[-60:]
-    return out / f"{readable}-{hashlib.sha256(start.encode()).hexdigest()[:6]}-seed{seed}"
-
-
-def _is_over(folder: Path, setting: Setting) -> bool:
-    """Whether the last step was judged; known before anything is converted."""
-    lines = read(folder / FILE) if (folder / FILE).exists() else []
-    return any("held_out" in line and int(line["step"]) >= setting.steps for line in lines)
-
-
-def _converted(start: str, source: Any, train: Integer[np.ndarray, "N"], setting: Setting) -> Any:
-    if start == UNCONVERTED:
-        return source
-    if Path(start).is_dir():
-        return kvx.load(start)[0]
-    from kvx.train.convert import convert, measure_moments, parse_recipe
-
-    recipe = parse_recipe(start)
-    moments = None
-    if recipe.reads_text:
-        rows = np.asarray(train[-setting.calibration * setting.length :], np.int32).reshape(-1, setting.length)
-        moments = measure_moments(source, [rows[first : first + 8] for first in range(0, len(rows), 8)])
-    return convert(source, recipe, moments)[0]
 
 
 def _starts(starts: Sequence[str]) -> None:
@@ -235,7 +118,7 @@ def _command(
     }
     stage = StageSection(tokens=tokens, batch=batch, learning_rate=rate, loss=loss, **values)
     steps = stage.total_steps(length)
-    setting = Setting(stage, length, max(1, steps // every), judged, calibration, max(1, steps // kept), dtype, seconds)
+    setting = Setting(model, stage, length, max(1, steps // every), judged, calibration, max(1, steps // kept), dtype)
     placement = make_placement(ALONG_ROWS)
     check_batch(placement, batch, 1, length)
     _starts(start)
@@ -246,13 +129,20 @@ def _command(
     enable_compilation_cache()
     console = Console(stderr=True)
     source, tokenizer = kvx.load(model, dtype="float32")
+    for name, ids in (("train", text), ("held-out", other)):
+        if ids.size and int(ids.max()) >= source.vocabulary:
+            raise BadInput(f"{name} has token id {ids.max()}; allowed: 0 to {source.vocabulary - 1}, the vocabulary")
     hidden = prompts(tokenizer, tokenizer.decode(other.tolist()), length, asked) if asked else []
     questions = passkeys(tokenizer, hidden, batch) if hidden else []
+    bench = Bench(source, text, other, questions, setting, placement, console)
     keys = [(each, number) for number in seed or [0] for each in start]
     for each, number in keys:
         console.print(f"{each}, seed {number}", highlight=False)
-        curve(each, number, source, text, other, questions, setting, folder_of(out, each, number), placement, console)
+        with Interruption(seconds) as stop:
+            bench.curve(each, number, folder_of(out, each, number), stop)
         collect(out, keys, batch * length)
+        if stop.told:
+            break
     for line in collect(out, keys, batch * length):
         if line["step"] in (0, steps):
             print(json.dumps(line))

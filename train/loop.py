@@ -60,12 +60,14 @@ class Outcome:
         student: trained weights in float32, or their running mean; the others as they were trained beside.
         step: steps taken.
         finished: False: told to stop before the stage was over; a checkpoint waits.
+        stopped: told to stop, be it after the last step.
         held_out: its loss at the end of a stage that evaluates, nats per token.
     """
 
     student: Any
     step: int
     finished: bool
+    stopped: bool
     held_out: float | None
 
 
@@ -87,7 +89,7 @@ class Trainer:
         placement: of the mesh; None: all devices along "data".
         converted: layers that train="attention" means; None: all.
         facts: about the run, kept with every checkpoint, as JSON holds them.
-        seconds: wall-clock limit; None: none.
+        stop: what tells it to stop.
         tensorboard: write its files too.
         console: of the progress; None: standard error.
     """
@@ -107,7 +109,7 @@ class Trainer:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     converted: Collection[int] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
+    stop: Interruption = field(default_factory=Interruption)
     tensorboard: bool = True
     console: Console | None = None
 
@@ -140,7 +142,7 @@ class Trainer:
             (state, frozen), facts, data = self.checkpoints.restore(newest, abstract((state, frozen)))
             self.batches.set_state(data)
             if newest >= self.steps:
-                return Outcome(self._model(state, frozen), newest, True, facts["held_out"])
+                return Outcome(self._model(state, frozen), newest, True, False, facts["held_out"])
         try:
             return self._run(newest or 0, state, frozen, teacher)
         finally:
@@ -149,9 +151,9 @@ class Trainer:
     def _run(self, start: int, state: TrainState, frozen: Arrays, teacher: Arrays | None) -> Outcome:
         metrics: Metrics | None = None
         waiting: tuple[int, dict[str, Any]] | None = None
-        held_out, saved, step = None, start, start
+        held_out, saved, step, stopped = None, start, start, False
         try:
-            with Interruption(self.seconds) as stop:
+            with self.stop:
                 while step < self.steps:
                     batch = self.step.place_batch(next(self.batches))
                     if metrics is None:
@@ -162,7 +164,7 @@ class Trainer:
                     step += 1
                     self._read(waiting, metrics, saved)
                     waiting = (step, numbers)
-                    last, stopped = step == self.steps, stop.after(step)
+                    last, stopped = step == self.steps, self.stop.after(step)
                     judges = last or step % self.evaluate.every == 0
                     saves = last or stopped or step % self.checkpoint.every == 0
                     if judges or saves:
@@ -180,7 +182,7 @@ class Trainer:
             if metrics is not None:
                 metrics.close()
         self.checkpoints.wait()
-        return Outcome(self._model(state, frozen), step, step >= self.steps, held_out)
+        return Outcome(self._model(state, frozen), step, step >= self.steps, stopped or self.stop.over, held_out)
 
     def _read(self, waiting: tuple[int, dict[str, Any]] | None, metrics: Metrics, saved: int) -> None:
         """Wait for a step's numbers, and write them down.

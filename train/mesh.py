@@ -1,4 +1,4 @@
-"""The mesh of a training run: its four axes, which arrays lie along which of them, and the processes that make it up.
+"""The mesh of a training run: its four axes, which arrays lie along which of them, and each process's share of them.
 
 The rules are one table (`kvx.mesh.Rules`) for parameters, their optimizer state, activations and caches. Along "data"
 and "fsdp" every device has rows of its own; along "fsdp" it also holds a share of every parameter, gathered layer by
@@ -7,7 +7,6 @@ units (Shoeybi et al. 2019); along "sequence" a share of every row's tokens, exc
 (Jacobs et al. 2023, DeepSpeed-Ulysses).
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -105,41 +104,3 @@ def share_of_rows(owners: Sequence[Sequence[int]], process: int) -> tuple[int, i
             held.setdefault(each, set()).add(part)
     shares = sorted({tuple(sorted(parts)) for parts in held.values()})
     return shares.index(tuple(sorted(held[process]))), len(shares)
-
-
-def join_processes(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Join the other processes of a run; alone if neither arguments nor environment name any.
-
-    Args:
-        coordinator: address:port of process 0; None: JAX_COORDINATOR_ADDRESS of the environment.
-        processes: their number; None: JAX_NUM_PROCESSES.
-        process: which this is; None: JAX_PROCESS_ID. Where a cluster's own environment says all three (TPU pods,
-            Slurm), coordinator="auto" is enough.
-
-    Raises:
-        BadInput: some of the three without the others.
-    """
-    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    processes = _number("NUM_PROCESSES") if processes is None else processes
-    process = _number("PROCESS_ID") if process is None else process
-    if coordinator is None and processes is None and process is None:
-        return
-    if coordinator == "auto":
-        # JAX reads the same variable, and would take the word for an address.
-        os.environ.pop("JAX_COORDINATOR_ADDRESS", None)
-        jax.distributed.initialize()
-        return
-    if coordinator is None or processes is None or process is None:
-        raise BadInput(
-            f"coordinator={coordinator}, processes={processes}, process={process}; allowed: all three, or none of them"
-        )
-    jax.distributed.initialize(coordinator, processes, process)
-
-
-def _number(variable: str) -> int | None:
-    text = os.environ.get(f"JAX_{variable}")
-    if text is None:
-        return None
-    if not text.isdigit():
-        raise BadInput(f"JAX_{variable}={text!r}; allowed: an integer of at least 0")
-    return int(text)

@@ -1,7 +1,7 @@
 """A job from start to end: load, convert, train its stages, judge, save. What `kvx distill` runs."""
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import kvx
-from kvx.errors import BadInput
-from kvx.mesh import Placement
 from kvx.models.build import Model
 from kvx.section_file import table_from
-from kvx.train.checkpoints import Checkpoints
+from kvx.train.interruption import Interruption
 from kvx.train.job import Job
 from kvx.train.job_checks import check_job
 from kvx.train.judging import Verdict, judge
@@ -28,10 +26,8 @@ from kvx.train.mesh import make_placement, row_share
 from kvx.train.metrics import FILE, read
 from kvx.train.objective import needs_teacher, objective
 from kvx.train.parameters import Frame, cast
-from kvx.train.start import begin, begun
-
-RESUMABLE = ("mesh", "checkpoint", "evaluate")
-"""Sections that a resumed run may change: where it runs and what is written, not what is computed."""
+from kvx.train.run_folder import check_folder, claim, run_folder, stage_folder
+from kvx.train.start import KEY, start
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Result:
     Attributes:
         name: of the job.
         folder: of the run.
-        finished: False: told to stop; it waits to be resumed.
+        finished: False: told to stop before it was saved and judged; it waits to be resumed.
         before, after: cache bytes for each token, of the source and of the student; None: nothing was converted.
         steps: taken, stage by stage.
         held_out: loss of the student before the first step and after the last, nats per token; empty: none was taken.
@@ -101,7 +97,7 @@ def run_job(
 
     Args:
         resume: go on from the newest checkpoint, without converting again; stages that are over are only read.
-        seconds: wall-clock limit of each stage in this call; None: none.
+        seconds: after which training stops in this call, for one process; None: never.
         tensorboard: write its files beside the metrics.
         console: of the progress; None: standard error.
 
@@ -110,21 +106,23 @@ def run_job(
     """
     shown = console or Console(stderr=True)
     shapes = check_job(job)
-    folder = Path(str(job.output)).expanduser()
-    _claim(folder, job, resume)
+    check_folder(job, resume)
     material = read_material(job, shapes)
+    claim(job)
     source, _ = kvx.load(job.model, dtype=jnp.float32)
-    student, sizes = begun(folder) if resume and _is_kept(job) else begin(source, material, folder, shown)
-    teacher, steps, finished = _teacher(job, source), [], True
-    for stage in range(len(job.stages)):
-        trainer = _trainer(material, stage, student, teacher, make_placement(job.mesh), seconds, tensorboard, shown)
-        outcome = trainer.run(resume)
-        student, finished = outcome.student, outcome.finished
-        steps.append(outcome.step)
-        if not finished:
-            break
+    student, facts = start(source, material, resume, shown)
+    folder, teacher, steps, stopped = run_folder(job), _teacher(job, source), [], False
+    with Interruption(seconds) as stop:
+        for stage in range(len(job.stages)):
+            trainer = _trainer(material, stage, student, teacher, facts, stop, tensorboard, shown)
+            outcome = trainer.run(resume)
+            student, stopped = outcome.student, outcome.stopped
+            steps.append(outcome.step)
+            if stopped:
+                break
     held_out, guide = _losses(job)
-    if not finished:
+    sizes = facts["sizes"]
+    if stopped:
         return Result(job.name, str(folder), False, *sizes, tuple(steps), held_out, guide)
     student = on_host(student, job.saved_dtype)
     verdicts: tuple[Verdict, ...] = ()
@@ -144,17 +142,6 @@ def on_host(student: Model, dtype: str) -> Model:
     return frame.model(cast(whole, frame.parameters, jnp.dtype(dtype)))
 
 
-def stage_folder(job: Job, stage: int) -> Path:
-    """Where a stage keeps its metrics and checkpoints."""
-    return Path(str(job.output)).expanduser() / f"stage-{stage}-{job.stages[stage].kind}"
-
-
-def _is_kept(job: Job) -> bool:
-    """Whether the first stage has its student from a checkpoint; preferences need it as it was before, too."""
-    kept = Checkpoints(stage_folder(job, 0) / "checkpoints").steps()
-    return bool(kept) and job.stages[0].kind != "dpo"
-
-
 def _teacher(job: Job, source: Model) -> Model:
     if job.teacher.model in (None, job.model):
         return source
@@ -166,12 +153,12 @@ def _trainer(
     index: int,
     student: Model,
     teacher: Model,
-    placement: Placement,
-    seconds: float | None,
+    facts: Mapping[str, Any],
+    stop: Interruption,
     tensorboard: bool,
     console: Console,
 ) -> Trainer:
-    job, stage = material.job, material.job.stages[index]
+    job, stage, placement = material.job, material.job.stages[index], make_placement(material.job.mesh)
     share, shares = row_share(placement)
     # Preferences are measured against the student as their stage begins.
     guide = None if not needs_teacher(stage) else student if stage.kind == "dpo" else teacher
@@ -190,33 +177,11 @@ def _trainer(
         checkpoint=job.checkpoint,
         evaluate=job.evaluate,
         converted=[layer for layer, block in enumerate(student.blocks) if block.spec.latent] or None,
-        facts={"job": table_from(job), "stage": index},
-        seconds=seconds,
+        facts={"job": table_from(job), "stage": index, KEY: facts},
+        stop=stop,
         tensorboard=tensorboard,
         console=console,
     )
-
-
-def _claim(folder: Path, job: Job, resume: bool) -> None:
-    """Keep the job beside its run, and refuse a folder that holds another.
-
-    Raises:
-        BadInput: a run without `resume`; another job than the one that is resumed, by the first key that differs.
-    """
-    kept, now = folder / "job.json", json.loads(json.dumps(table_from(job)))
-    if kept.exists():
-        if not resume:
-            raise BadInput(f"output={str(folder)!r} holds a run; allowed: --resume, or another folder")
-        before = json.loads(kept.read_text())
-        for key in sorted(before.keys() | now.keys()):
-            if key not in (*RESUMABLE, "output") and before.get(key) != now.get(key):
-                raise BadInput(
-                    f"{key} is not what it was when {str(folder)!r} was begun (its job.json); allowed: changes of "
-                    f"{', '.join(RESUMABLE)}, or another folder"
-                )
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(now, indent=2))
 
 
 def _save(student: Model, material: Material, folder: Path) -> None:

@@ -1,46 +1,45 @@
 """The student as a run begins: converted from its source, or, where checkpoints hold its weights, only its shapes."""
 
-import json
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
 from kvx.models.build import Model, abstract_model, config_from_model
+from kvx.train.checkpoints import Checkpoints
 from kvx.train.convert import Report, convert, measure_moments, recipe
 from kvx.train.job_checks import NO_CONVERSION, recipe_options
 from kvx.train.material import Material
-
-FILE = "start.json"
-"""In a run's folder: the student's config, whose widths may follow from weights and texts, and its report's sums."""
+from kvx.train.run_folder import stage_folder
 
 Sizes = tuple[int | None, int | None]
 """Cache bytes for each token, of the source and of the student; None: nothing was converted."""
 
+KEY = "start"
+"""Of a checkpoint's facts: what the student is, whose widths may follow from weights and texts."""
 
-def begin(source: Model, material: Material, folder: Path, console: Console) -> tuple[Model, Sizes]:
-    """Convert, say what was done, and keep in the run's folder what a resumed run needs to know of it.
+
+def start(source: Model, material: Material, resume: bool, console: Console) -> tuple[Model, dict[str, Any]]:
+    """The student, and what every checkpoint is to say of it.
+
+    A run that goes on does not convert again: the checkpoints of its first stage hold every weight. Preferences alone
+    need the student as their stage began, too.
 
     Args:
         source: in float32.
-        folder: of the run.
+        resume: from the first stage's checkpoints, if there are any.
     """
+    job = material.job
+    if resume and job.stages[0].kind != "dpo":
+        facts = Checkpoints(stage_folder(job, 0) / "checkpoints").facts()
+        if facts is not None and KEY in facts:
+            return abstract_model(facts[KEY]["config"], jnp.float32), facts[KEY]
     student, report = converted(source, material)
+    if report is not None and jax.process_index() == 0:
+        console.print(report)
     sizes: Sizes = (None, None) if report is None else (report.before, report.after)
-    if jax.process_index() == 0:
-        if report is not None:
-            console.print(report)
-        partial = folder / f"{FILE}.partial"
-        partial.write_text(json.dumps({"config": config_from_model(student), "sizes": sizes}))
-        partial.rename(folder / FILE)
-    return student, sizes
-
-
-def begun(folder: Path) -> tuple[Model, Sizes]:
-    """What `begin` left, with shapes for parameters: for a run whose checkpoints hold every weight."""
-    kept = json.loads((folder / FILE).read_text())
-    return abstract_model(kept["config"], jnp.float32), tuple(kept["sizes"])
+    return student, {"config": config_from_model(student), "sizes": sizes}
 
 
 def converted(source: Model, material: Material) -> tuple[Model, Report | None]:

@@ -18,7 +18,7 @@ def distill(
     stage: Annotated[int, typer.Option(help="Which stage --aot compiles.", min=0)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and end.")] = False,
     seconds: Annotated[
-        float | None, typer.Option(help="Stop each stage after so long; --resume goes on.", min=0)
+        float | None, typer.Option(help="Stop training after so long; --resume goes on. For one process.", min=0)
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -51,8 +51,8 @@ def distill(
         check_job(job, here=False)
         _print(compile_job(job, aot, stage), json)
         return
-    from kvx.train.mesh import join_processes
     from kvx.train.plan import plan_job
+    from kvx.train.processes import join_processes
     from kvx.train.run import run_job
 
     join_processes()

@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 import kvx
-from kvx.train.curves import app, collect, folder_of
+from kvx.errors import BadInput
+from kvx.train.curve import folder_of
+from kvx.train.curves import app, collect
 from tests.train.tiny_runs import models, text
 
 
@@ -42,6 +44,8 @@ def test_curves_are_trained_once_and_written_together(tmp_path):
         assert [float(row["perplexity"]) for row in csv.DictReader(stream)] == [line["perplexity"] for line in lines]
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     written = (folder_of(tmp_path / "out", starts[1], 0) / "metrics.jsonl").stat().st_mtime_ns
+    other = CliRunner().invoke(app, [*command, "--rate", "1e-4"])
+    assert isinstance(other.exception, BadInput) and "stage.learning_rate=0.0001, but" in str(other.exception)
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
     assert (folder_of(tmp_path / "out", starts[1], 0) / "metrics.jsonl").stat().st_mtime_ns == written

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 from kvx.errors import BadInput
 from kvx.mesh import Placement
 from kvx.train.job import MeshSection
-from kvx.train.mesh import GATHERED, check_batch, join_processes, make_placement, row_share, share_of_rows
+from kvx.train.mesh import GATHERED, check_batch, make_placement, row_share, share_of_rows
 
 
 def placement(**axes):
@@ -61,14 +61,3 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
         check_batch(where, 12, 2, 32)
     with pytest.raises(BadInput, match="sequence=31 tokens; allowed: a multiple of sequence=2"):
         check_batch(where, 8, 1, 31)
-
-
-def test_processes_are_joined_by_all_three_facts_or_by_none(monkeypatch):
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-        monkeypatch.delenv(name, raising=False)
-    join_processes()
-    with pytest.raises(BadInput, match="processes=2, process=None; allowed: all three, or none"):
-        join_processes("127.0.0.1:1", 2)
-    monkeypatch.setenv("JAX_PROCESS_ID", "first")
-    with pytest.raises(BadInput, match="JAX_PROCESS_ID='first'; allowed: an integer"):
-        join_processes()

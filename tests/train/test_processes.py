@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvx.errors import BadInput
 from kvx.train.metrics import FILE, read
+from kvx.train.processes import agreed, join_processes
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
-
-pytestmark = pytest.mark.slow
 
 
 def free_port():
@@ -23,13 +23,18 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def together(folder, steps, processes, devices):
-    """A run of several processes (Gloo between them), each with so many devices; what the first one printed."""
+def run_of(folder, steps, processes, devices):
+    """The tiny run."""
+    return together(["-m", "tests.train.tiny_runs", str(folder), str(steps)], processes, devices)
+
+
+def together(arguments, processes, devices):
+    """Several processes (Gloo between them) of one program, each with so many devices; what the first one printed."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     shared = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     if processes > 1:
         shared |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
-    command = [sys.executable, "-m", "tests.train.tiny_runs", str(folder), str(steps)]
+    command = [sys.executable, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     runs = [
         subprocess.Popen(
@@ -48,14 +53,35 @@ def curve(folder):
     return np.array([line["loss"] for line in lines if "loss" in line])
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one_and_their_checkpoints_serve_it(tmp_path):
     """2 processes x 2 devices against 1 x 1: float32 sums in another order."""
-    together(tmp_path / "one", STEPS, 1, 1)
-    out = together(tmp_path / "two", STEPS, 2, 2)
+    run_of(tmp_path / "one", STEPS, 1, 1)
+    out = run_of(tmp_path / "two", STEPS, 2, 2)
     assert f"stopped at {STEPS}, finished True" in out
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), atol=1e-4)
     assert len(curve(tmp_path / "two")) == STEPS
-    together(tmp_path / "two", STEPS + 4, 1, 1)
-    together(tmp_path / "one", STEPS + 4, 2, 2)
+    run_of(tmp_path / "two", STEPS + 4, 1, 1)
+    run_of(tmp_path / "one", STEPS + 4, 2, 2)
     assert len(curve(tmp_path / "two")) == len(curve(tmp_path / "one")) == STEPS + 4
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), atol=1e-4)
+
+
+def test_processes_are_joined_by_all_three_facts_or_by_none(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    join_processes()
+    with pytest.raises(BadInput, match="processes=2, process=None; allowed: all three, or none"):
+        join_processes("127.0.0.1:1", 2)
+    monkeypatch.setenv("JAX_PROCESS_ID", "first")
+    with pytest.raises(BadInput, match="JAX_PROCESS_ID='first'; allowed: an integer"):
+        join_processes()
+
+
+def test_alone_a_check_is_its_own_answer():
+    def refused():
+        raise BadInput("no")
+
+    assert agreed(lambda: 7, "elsewhere") == 7
+    with pytest.raises(BadInput, match="no"):
+        agreed(refused, "elsewhere")

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from kvx.errors import BadInput
+from kvx.train.interruption import Interruption
 from kvx.train.loop import Diverged
 from kvx.train.metrics import FILE, read
 from kvx.train.step import abstract
-from tests.train.tiny_runs import Cliff, mesh, one_device, trainer
+from tests.train.tiny_runs import Cliff, Squares, mesh, one_device, trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
@@ -60,7 +61,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit_and_also_on_another_mesh(tmp_pat
     whole = trainer(tmp_path / "whole", 8, placement=one_device()).run()
     assert whole.finished and whole.step == 8
     halves = trainer(tmp_path / "halves", 8, placement=one_device())
-    halves.seconds = 0.0
+    halves.stop = Interruption(0.0)
     first = halves.run()
     assert not first.finished and first.step == 1
     second = trainer(tmp_path / "halves", 8, placement=one_device())
@@ -71,6 +72,32 @@ def test_a_run_that_stopped_goes_on_bit_for_bit_and_also_on_another_mesh(tmp_pat
     assert all(jax.tree.leaves(same))
     again = trainer(tmp_path / "whole", 8, placement=mesh(data=4, tensor=2)).run(resume=True)
     assert again.step == 8 and again.held_out == whole.held_out
+
+
+def test_a_signal_in_the_last_step_is_told_too(tmp_path):
+    """It comes while the last checkpoint is written: the stage is over, and what would follow it must not begin."""
+    run = trainer(tmp_path, 2, placement=one_device(), minimised=Squares())
+    save = run.checkpoints.save
+
+    def told(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        save(*arguments)
+
+    run.checkpoints.save = told
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = run.run()
+    assert outcome.finished and outcome.stopped and outcome.step == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_interruptions_may_be_entered_within_themselves_and_only_the_outermost_ends_listening():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption() as stop:
+        with stop:
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.told and stop.over and stop.after(3)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_new_run_does_not_write_over_checkpoints(tmp_path):

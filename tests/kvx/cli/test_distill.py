@@ -16,6 +16,7 @@ from kvx.models.build import random_model
 from kvx.train import start
 from tests.tiny import CONFIG
 from tests.train.letters import letters
+from tests.train.test_processes import together
 
 JOB = """
 name = "tiny"
@@ -156,6 +157,16 @@ def test_a_job_trains_resumes_and_saves_what_kvx_loads(folder, capsys, monkeypat
     np.testing.assert_array_equal(model(tokens), other(tokens))
     generated = kvx.generate(model, tokens, policy=kvx.parse_policy("knorm(budget=4)"), max_new_tokens=3)
     assert generated.tokens.shape == (1, 3)
+
+
+@pytest.mark.slow
+def test_two_processes_begin_one_job_in_one_folder(folder):
+    """Both look at the folder before either writes to it, and end together though one of them judges alone."""
+    command = ["-c", "from kvx.cli import main; main()", "distill", str(folder / "job.toml"), "--json"]
+    result = json.loads(together([*command, f"output={folder}/shared", "checkpoint.every=100"], 2, 4))
+    assert result["finished"] and result["steps"] == [12, 2]
+    assert [each["policy"] for each in result["verdicts"]] == ["full", "streaming_llm(budget=16)"]
+    assert kvx.load(folder / "shared" / "model")[0].blocks[0].spec.latent
 
 
 @pytest.mark.slow

@@ -1,0 +1,79 @@
+"""A run's folder: whose it is, and what a run that goes on may change."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kvx.errors import BadInput
+from kvx.section_file import table_from
+from kvx.train.job import Job
+from kvx.train.processes import agreed, meet
+
+FILE = "job.json"
+"""The job as it ran, in its folder."""
+
+RESUMABLE = ("mesh", "checkpoint", "evaluate")
+"""Sections that a resumed run may change: where it runs and what is written, not what is computed."""
+
+GENTLER = "learning_rate"
+"""Of a stage, which a resumed run may change too: a run that diverged goes on with a lower one."""
+
+
+def run_folder(job: Job) -> Path:
+    """Where a job keeps all that it writes."""
+    return Path(str(job.output)).expanduser()
+
+
+def stage_folder(job: Job, stage: int) -> Path:
+    """Where a stage keeps its metrics and checkpoints."""
+    return run_folder(job) / f"stage-{stage}-{job.stages[stage].kind}"
+
+
+def check_folder(job: Job, resume: bool) -> None:
+    """Refuse a folder that holds another run; to be asked by all processes, before anything is read or written.
+
+    Raises:
+        BadInput: a run without `resume`; another job than the one that is resumed, by the first key that differs; a
+            damaged record of it.
+    """
+    agreed(lambda: _check(job, resume), f"output={job.output!r} is refused, as the first process says")
+
+
+def claim(job: Job) -> None:
+    """Keep the job beside its run, in the place of what was kept before, whole or not at all."""
+    if jax.process_index() == 0:
+        folder = run_folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{FILE}.partial"
+        partial.write_text(json.dumps(table_from(job), indent=2))
+        partial.replace(folder / FILE)
+    meet("the folder is claimed")
+
+
+def _check(job: Job, resume: bool) -> int:
+    kept = run_folder(job) / FILE
+    if not kept.exists():
+        return 0
+    if not resume:
+        raise BadInput(f"output={job.output!r} holds a run; allowed: --resume, or another folder")
+    try:
+        before = _fixed(json.loads(kept.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{kept} is damaged; allowed: the job as it was begun, or another folder") from None
+    now = _fixed(json.loads(json.dumps(table_from(job))))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise BadInput(
+                f"{key} is not what it was when {job.output!r} was begun (its {FILE}); allowed: changes of "
+                f"{', '.join(RESUMABLE)} and of a stage's {GENTLER}, or another folder"
+            )
+    return 0
+
+
+def _fixed(table: dict[str, Any]) -> dict[str, Any]:
+    """What of a job must stay: `output` may be another name of the same folder."""
+    kept = {key: value for key, value in table.items() if key not in (*RESUMABLE, "output")}
+    stages = [{key: value for key, value in stage.items() if key != GENTLER} for stage in table["stages"]]
+    return {**kept, "stages": stages}
