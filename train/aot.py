@@ -22,7 +22,7 @@ from kvx.train.collectives import Traffic, traffic
 from kvx.train.job import Job
 from kvx.train.mesh import check_batch, make_placement
 from kvx.train.objective import needs_teacher, objective
-from kvx.train.parameters import Frame
+from kvx.train.parameters import Frame, converted_layers
 from kvx.train.shapes import model_shapes
 from kvx.train.step import Step
 
@@ -110,8 +110,7 @@ def compile_job(job: Job, topology: str, stage: int = 0) -> Compiled:
     check_batch(placement, section.batch, section.accumulate, job.data.sequence)
     student, teacher = model_shapes(job)
     frame, guide = Frame(student), Frame(teacher) if needs_teacher(section) else None
-    converted = None if job.convert.layers == "all" else job.convert.layers
-    names = frame.chosen(section.train, converted)
+    names = frame.chosen(section.train, converted_layers(student))
     total = section.total_steps(job.data.sequence)
     step = Step(frame, names, section, total, objective(section, placement), placement, guide)
     state, frozen = step.begin(_shapes(frame.arrays(student)))

@@ -23,6 +23,7 @@ from kvx.train.loop import Trainer
 from kvx.train.mesh import row_share
 from kvx.train.metrics import FILE, read
 from kvx.train.objective import objective
+from kvx.train.parameters import converted_layers
 from kvx.train.windows import Windows, held_out
 
 KEPT = "setting.json"
@@ -102,7 +103,6 @@ class Bench:
         share, shares = row_share(self.placement)
         rows = setting.stage.batch
         judged = held_out(self.judge, setting.length, rows, setting.judged)
-        latent = [index for index, block in enumerate(student.blocks) if block.spec.latent]
         trainer = Trainer(
             student,
             setting.stage,
@@ -117,7 +117,7 @@ class Bench:
             placement=self.placement,
             checkpoint=CheckpointSection(every=setting.checkpoint, keep=1, best=False),
             evaluate=EvaluateSection(every=setting.every),
-            converted=latent or None,
+            converted=converted_layers(student),
             facts={"start": start, "seed": seed},
             stop=stop,
             tensorboard=False,

@@ -122,6 +122,9 @@ def read_material(job: Job, source: Model) -> Material:
 
     pairs = open_pairs(data.pairs.train, "data.pairs.train") if data.pairs.train else ()
     train, held_out, asked = texts(data.train, "data.train"), texts(data.held_out, "data.held_out"), job.evaluate
+    for documents in (train, held_out):
+        if len(documents):
+            encoding(documents[0])  # refuses messages without a template, and ids of another vocabulary
     hidden = []
     if asked.passkey:
         hidden = prompts(tokenizer, _text(held_out, tokenizer), asked.passkey_length, asked.passkey, job.seed)

@@ -77,6 +77,11 @@ class Frame:
         return {name: placement.put(array, self.axes[name]) for name, array in arrays.items()}
 
 
+def converted_layers(model: Decoder) -> tuple[int, ...] | None:
+    """Those whose attention is latent; None: there are none, and train="attention" means all."""
+    return tuple(layer for layer, block in enumerate(model.blocks) if block.spec.latent) or None
+
+
 def cast(arrays: Mapping[str, Any], names: Collection[str], dtype: DTypeLike) -> Arrays:
     """The arrays, those that are named in another dtype; they may be shapes."""
 

@@ -5,10 +5,16 @@ from typing import Any
 
 from rich.table import Table
 
+from kvx.errors import BadInput
+from kvx.models.build import Model
+from kvx.train.convert.report import cached_elements
 from kvx.train.job import Job
-from kvx.train.job_checks import check_job
+from kvx.train.job_checks import STAND_IN, check_job
 from kvx.train.material import read_material
 from kvx.train.mesh import make_placement
+from kvx.train.parameters import converted_layers
+from kvx.train.run_folder import check_folder
+from kvx.train.shapes import student_shapes
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,9 @@ class Plan:
 
     Attributes:
         name, model, teacher, recipe: as the job has them.
+        layers: those with latent attention once converted.
+        before, after: cache bytes for each token in float32, of the source and of the student; None: ranks that follow
+            from weights.
         output: folder of the run.
         mesh: devices along each axis.
         documents, held_out, pairs: how many there are.
@@ -37,6 +46,9 @@ class Plan:
     model: str
     teacher: str
     recipe: str
+    layers: tuple[int, ...]
+    before: int
+    after: int | None
     output: str
     mesh: dict[str, int]
     documents: int
@@ -53,6 +65,9 @@ class Plan:
         table = Table(title=self.name, title_justify="left", show_header=False)
         table.add_row("model", f"{self.model}, taught by {self.teacher}")
         table.add_row("conversion", self.recipe)
+        after = "as the ranks will be" if self.after is None else f"{self.after:,} ({self.after / self.before:.1%})"
+        table.add_row("latent attention", f"{len(self.layers)} layers")
+        table.add_row("cache bytes a token", f"{self.before:,} before, {after} after")
         table.add_row("text", f"{self.documents:,} documents, {self.held_out:,} held out, {self.pairs:,} pairs")
         for index, stage in enumerate(self.stages):
             steps = f"{stage.steps:,} steps of {stage.tokens_of_a_step:,} tokens, {stage.tokens:,} in all"
@@ -62,19 +77,29 @@ class Plan:
         return table
 
 
-def plan_job(job: Job) -> Plan:
+def plan_job(job: Job, resume: bool = False) -> Plan:
     """Check a job as a run would, reading everything but weights.
 
     Raises:
         BadInput: as `kvx.train.run.run_job`.
     """
-    material = read_material(job, check_job(job))
+    source = check_job(job)
+    check_folder(job, resume)
+    material = read_material(job, source)
+    student = student_shapes(job, source, STAND_IN)
+    try:
+        after = _bytes(student_shapes(job, source))
+    except BadInput:
+        after = None
     options = ", ".join(f"{name}={value}" for name, value in job.convert.options.items())
     return Plan(
         name=job.name,
         model=job.model,
         teacher=job.teacher.model or job.model,
         recipe=f"{job.convert.recipe}({options})",
+        layers=converted_layers(student) or (),
+        before=_bytes(source),
+        after=after,
         output=str(job.output),
         mesh=dict(make_placement(job.mesh).mesh.shape),
         documents=len(material.train),
@@ -82,6 +107,10 @@ def plan_job(job: Job) -> Plan:
         pairs=len(material.pairs),
         stages=tuple(_planned(job, index) for index in range(len(job.stages))),
     )
+
+
+def _bytes(model: Model) -> int:
+    return 4 * sum(cached_elements(model, layer) for layer in range(len(model.blocks)))
 
 
 def _planned(job: Job, index: int) -> PlannedStage:

@@ -25,7 +25,7 @@ from kvx.train.material import Material, read_material
 from kvx.train.mesh import make_placement, row_share
 from kvx.train.metrics import FILE, read
 from kvx.train.objective import needs_teacher, objective
-from kvx.train.parameters import Frame, cast
+from kvx.train.parameters import Frame, cast, converted_layers
 from kvx.train.run_folder import check_folder, claim, run_folder, stage_folder
 from kvx.train.start import KEY, start
 
@@ -176,7 +176,7 @@ def _trainer(
         placement=placement,
         checkpoint=job.checkpoint,
         evaluate=job.evaluate,
-        converted=[layer for layer, block in enumerate(student.blocks) if block.spec.latent] or None,
+        converted=converted_layers(student),
         facts={"job": table_from(job), "stage": index, KEY: facts},
         stop=stop,
         tensorboard=tensorboard,

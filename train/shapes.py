@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
-from kvx.decoder import AttentionSpec
-from kvx.errors import BadInput
+from kvx.errors import BadInput, unknown
 from kvx.models.build import Model, abstract_model
-from kvx.models.latent_layers import SECTION, LatentLayer, section
-from kvx.models.mla import LatentConfig
-from kvx.train.job import ConvertSection, Job
+from kvx.train.job import Job
 
-WIDTHS_BY_OPTIONS = "x_ecomla"
-"""The recipe whose content width is the head's less the rotary one; others keep more (`kvx.train.convert`)."""
+NO_CONVERSION = "none"
+"""The recipe that leaves the model as it is."""
 
 
 def model_shapes(job: Job) -> tuple[Model, Model]:
@@ -26,13 +22,44 @@ def model_shapes(job: Job) -> tuple[Model, Model]:
         BadInput: no config of the source or the teacher; a conversion whose widths follow from weights, not options.
     """
     config = model_config(job.model, job.shapes)
-    source = abstract_model(config, jnp.bfloat16)
-    chosen = range(len(source.blocks)) if job.convert.layers == "all" else job.convert.layers
-    layers = {} if job.convert.recipe == "none" else {i: _latent(job.convert, source.blocks[i].spec) for i in chosen}
-    student = abstract_model({**config, SECTION: section(layers)}, jnp.bfloat16)
+    student = student_shapes(job, abstract_model(config, jnp.bfloat16))
     if job.teacher.model is None:
         return student, abstract_model(config, jnp.dtype(job.teacher.dtype))
     return student, abstract_model(model_config(job.teacher.model, job.teacher.shapes), jnp.dtype(job.teacher.dtype))
+
+
+def student_shapes(job: Job, source: Model, rank: int | None = None) -> Model:
+    """The student, with shapes for parameters.
+
+    Args:
+        source: so too.
+        rank: what stands for ranks that follow from weights; None: they are refused.
+
+    Raises:
+        BadInput: a recipe, options or layers that do not go with the source.
+    """
+    from kvx.train.convert import names, recipe
+
+    convert = job.convert
+    if convert.recipe == NO_CONVERSION:
+        if convert.options:
+            raise BadInput(f"convert.options={dict(convert.options)!r} of recipe 'none'; allowed: none")
+        return source
+    if convert.recipe not in names():
+        raise unknown("convert.recipe", convert.recipe, (*names(), NO_CONVERSION))
+    if not convert.layers:
+        raise BadInput(f'convert.layers is empty; allowed: "all", or indices from 0 to {len(source.blocks) - 1}')
+    try:
+        return recipe(convert.recipe, **recipe_options(job)).shapes(source, rank)
+    except BadInput as error:
+        raise BadInput(f"convert: {error}") from None
+
+
+def recipe_options(job: Job) -> dict[str, Any]:
+    """What the recipe is called with: its options, and the layers where only some are converted."""
+    layers = {} if job.convert.layers == "all" else {"layers": job.convert.layers}
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in job.convert.options.items()}
+    return {**options, **layers}
 
 
 def model_config(model: str, shapes: str | None = None) -> Mapping[str, Any]:
@@ -43,35 +70,13 @@ def model_config(model: str, shapes: str | None = None) -> Mapping[str, Any]:
     """
     if shapes is not None:
         try:
-            return json.loads(Path(shapes).read_text())
+            found = json.loads(Path(shapes).read_text())
         except (OSError, ValueError) as error:
             raise BadInput(f"shapes={shapes!r} cannot be read: {error}; allowed: a config.json") from None
+        if not isinstance(found, dict):
+            raise BadInput(f"shapes={shapes!r} holds {str(found)[:40]!r}; allowed: a config.json, one object")
+        return found
     from kvx.models.readers import read_checkpoint
     from kvx.models.zoo import resolve
 
     return read_checkpoint(resolve(model)).config
-
-
-def _latent(convert: ConvertSection, spec: AttentionSpec) -> LatentLayer:
-    """Widths of a layer; its frequencies, which no shape depends on, are zeros."""
-    options = convert.options
-    if convert.recipe != WIDTHS_BY_OPTIONS:
-        raise BadInput(
-            f"recipe={convert.recipe!r} has widths that are known once its weights are; allowed for shapes without "
-            f"weights: {WIDTHS_BY_OPTIONS}, none"
-        )
-    if not isinstance(options.get("rank"), int) or not isinstance(options.get("rotary"), int):
-        raise BadInput(
-            f"rank and rotary of recipe {convert.recipe!r} are not both fixed; allowed: integers, for shapes"
-        )
-    rotary = options["rotary"]
-    config = LatentConfig(
-        heads=spec.heads,
-        rank=options["rank"],
-        rotary=rotary,
-        content=spec.key_dim - rotary,
-        value=spec.value_dim,
-        query_rank=options.get("query_rank"),
-        scale=spec.scale,
-    )
-    return LatentLayer(config, np.zeros(rotary // 2, np.float32))

@@ -9,9 +9,9 @@ from rich.console import Console
 from kvx.models.build import Model, abstract_model, config_from_model
 from kvx.train.checkpoints import Checkpoints
 from kvx.train.convert import Report, convert, measure_moments, recipe
-from kvx.train.job_checks import NO_CONVERSION, recipe_options
 from kvx.train.material import Material
 from kvx.train.run_folder import stage_folder
+from kvx.train.shapes import NO_CONVERSION, recipe_options
 
 Sizes = tuple[int | None, int | None]
 """Cache bytes for each token, of the source and of the student; None: nothing was converted."""

@@ -21,6 +21,10 @@ from kvx.errors import BadInput
 BAD_INPUT = 2
 """Exit status of input that kvx refuses, with one line on stderr."""
 
+EXTRAS = {"grain": "train", "orbax": "train", "pyarrow": "train", "tensorboardX": "train"}
+EXTRAS |= {"optuna": "eval", "jieba": "eval", "huggingface_hub": "hub", "libtpu": "aot"}
+"""Packages that some commands need, and the extra of kvx that brings each."""
+
 app = typer.Typer(
     name="kvx",
     help="KV-cache compression for JAX: which policy keeps quality in the fewest bytes?",
@@ -47,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
     """Run a command line and exit.
 
-    Status 0; 2 and one line on stderr for bad input; 130 when interrupted. Anything else that goes wrong is a bug and
-    keeps its traceback.
+    Status 0; 2 and one line on stderr for bad input, or for an extra that is not installed; 130 when interrupted.
+    Anything else that goes wrong is a bug and keeps its traceback.
 
     Args:
         name: what it is called by.
@@ -59,6 +63,11 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
         status = typer.main.get_command(app).main(given, prog_name=name, standalone_mode=False)
     except BadInput as error:
         sys.exit(_refused(name, str(error)))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        sys.exit(_refused(name, f"{missing} is not installed; allowed: pip install kvx[{EXTRAS[missing]}]"))
     except _Refusal as error:
         message = error.format_message()
         if not given or not message.strip():  # alone it has printed its help

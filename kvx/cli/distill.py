@@ -57,7 +57,7 @@ def distill(
 
     join_processes()
     if dry_run:
-        _print(plan_job(job), json)
+        _print(plan_job(job, resume), json)
         return
     enable_compilation_cache()
     _print(run_job(job, resume=resume, seconds=seconds), json)

@@ -74,10 +74,9 @@ def test_topologies_that_no_one_has_are_refused(topology, sentence):
         compile_job(job(), topology)
 
 
-@pytest.mark.parametrize("recipe", ["transmla", "mha2mla", "by_effect"])
-def test_widths_that_options_do_not_tell_are_refused_and_not_guessed(recipe):
-    convert = ConvertSection(recipe=recipe, options={"rank": 64, "rotary": 32})
-    with pytest.raises(BadInput, match=f"recipe='{recipe}' has widths that are known once its weights are"):
+def test_ranks_that_weights_tell_are_refused_and_not_guessed():
+    convert = ConvertSection(options={"rank": 64, "rotary": 32, "energy": 0.95})
+    with pytest.raises(BadInput, match="has ranks that are known once its weights are"):
         model_shapes(replace(job(), convert=convert))
 
 

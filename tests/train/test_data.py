@@ -192,16 +192,40 @@ def test_text_tokenised_once_gives_the_rows_of_the_text(tmp_path):
     out = tmp_path / "a.bin"
     count, dtype = tokenise(TEXTS, ENCODING, out)
     assert count == sum(len(ENCODING(text)) for text in TEXTS) and dtype == np.uint16
-    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]  # nothing half-written stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.bin.ends"]  # nothing half-written stays
     made = open_documents([str(out)], "data.train", end=ENCODING.end)
     options = {"sequence": 16, "batch": 2, "shuffle": False}
     streams = text_batches(made, Encoding(None, 98), **options), text_batches(TEXTS, ENCODING, **options)
     for _ in range(5):
         assert same(*map(next, streams))
-    with pytest.raises(BadInput, match="no token that ends a text"):
-        tokenise(TEXTS, Encoding(TOKENIZER, 98), out)
     with pytest.raises(BadInput, match="cannot be written"):
         tokenise(TEXTS, ENCODING, tmp_path / "none" / "a.bin")
+
+
+def test_a_chat_whose_turns_end_as_documents_do_stays_one_document(tmp_path):
+    """ChatML closes every turn with the token that also ends a text; a file without ends falls apart at each."""
+    tokenizer = letters(chat=True)
+    chats = [
+        [{"role": role, "content": text} for role, text in turns] for turns in ([("user", "a"), ("assistant", "b")],)
+    ]
+    out = tmp_path / "a.bin"
+    tokenise(chats * 3, Encoding.of(tokenizer), out)
+    made = open_documents([str(out)], "data.train", end=tokenizer.eos_ids[0])
+    assert [tokenizer.decode(each, skip_special=False) for each in made] == ["user: a</s>assistant: b</s>"] * 3
+    (tmp_path / "a.bin.ends").unlink()
+    assert len(open_documents([str(out)], "data.train", end=tokenizer.eos_ids[0])) == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b"no numbers", None])
+def test_ends_that_are_not_those_of_the_file_are_refused(tmp_path, damage):
+    out = tmp_path / "a.bin"
+    tokenise(TEXTS, ENCODING, out)
+    if damage is None:
+        tokenise(TEXTS[:1], ENCODING, tmp_path / "other.bin")
+        damage = (tmp_path / "other.bin.ends").read_bytes()
+    (tmp_path / "a.bin.ends").write_bytes(damage)
+    with pytest.raises(BadInput, match=r"a\.bin\.ends (cannot be read|does not fit)"):
+        open_documents([str(out)], "data.train")
 
 
 def test_the_documentation_of_python_is_always_there():

@@ -165,6 +165,9 @@ def job(tmp_path) -> Path:
     (tmp_path / "shapes.json").write_text(json.dumps(CONFIG))
     (tmp_path / "other.json").write_text(json.dumps({**CONFIG, "vocab_size": 98}))
     (tmp_path / "wide.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 2}))
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "normed.json").write_text(json.dumps({**CONFIG, "architectures": ["Qwen3ForCausalLM"]}))
+    (tmp_path / "odd.json").write_text(json.dumps({**CONFIG, "num_attention_heads": 3, "num_key_value_heads": 3}))
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.txt").write_text("text")
     text = MINIMAL.replace('"x.jsonl"', f'"{tmp_path}/a.txt"').replace(
@@ -182,10 +185,15 @@ def test_a_job_that_fits_its_model_passes(job):
     [
         ("convert.recipe=x_ecomlaa", "unknown convert.recipe 'x_ecomlaa': did you mean 'x_ecomla'"),
         ("convert.options.rnk=3", "unknown parameter of x_ecomla 'rnk': did you mean 'rank'"),
-        ("convert.options.rank=65", "convert.options.rank=65; allowed: 1 to 64"),
-        ("convert.options.rank=0", "convert.options.rank=0; allowed: 1 to 64"),
-        ("convert.options.rotary=66", "convert.options.rotary=66; allowed: 1 to 64"),
-        ("convert.layers=[0, 4]", "convert.layers names layer 4; allowed: 0 to 3"),
+        ("convert.options.rank=66", "convert: rank=66 is out of range; allowed: 1 to 65"),
+        ("convert.options.rank=0", "convert: rank=0 is out of range; allowed: 1 to 65"),
+        ("convert.options.rank='8'", "convert: rank='8' of x_ecomla; allowed: an integer"),
+        ("convert.options.rotary=34", "convert: rotary=34 is out of range; allowed: even numbers from 0 to 32"),
+        ("convert.options.query_rank=100000", "convert: query_rank=100000 is out of range; allowed: 1 to 65"),
+        ("convert.layers=[0, 4]", "convert: layers=(0, 4) names a layer that does not exist; allowed: 0 to 3"),
+        ("evaluate.policies=['kivi']", "policy=kivi"),
+        ("stages.0.train=typo_here", "stages.0: train='typo_here' finds no parameter"),
+        ("shapes=list.json", "list.json' holds '[1]'; allowed: a config.json, one object"),
         ("convert.layers=[]", "convert.layers is empty"),
         ("convert.recipe=none", "of recipe 'none'; allowed: none"),
         ("evaluate.policies=['snapkvv(3)']", "did you mean 'snapkv'"),
@@ -217,6 +225,20 @@ def test_a_teacher_predicts_the_same_tokens_and_has_the_layers_that_are_compared
     with pytest.raises(BadInput, match="2 layers of width 64; allowed: 0, or a teacher of the source's 4"):
         check_job(read_job(job, [*teacher, "teacher.shapes=wide.json", "stages.0.loss.hidden=1"]))
     check_job(read_job(job, [*teacher, "teacher.shapes=wide.json"]))
+    with pytest.raises(BadInput, match=r"stages.0.loss.relation=1.0 between 4 and 3 heads"):
+        check_job(read_job(job, [*teacher, "teacher.shapes=odd.json", "stages.0.loss.relation=1"]))
+
+
+def test_a_source_that_norms_its_queries_is_refused_before_its_weights_are_read(job):
+    with pytest.raises(BadInput, match="convert: layer=0 norms its queries and keys"):
+        check_job(read_job(job, ["shapes=normed.json"]))
+
+
+def test_a_conversion_that_reads_text_has_some_even_where_no_stage_does(job):
+    (job.parent / "pairs.jsonl").write_text("{}\n")
+    stages = ["stages=[{kind='dpo', steps=3}]", f"data.pairs.train=['{job.parent}/pairs.jsonl']", "data.train=[]"]
+    with pytest.raises(BadInput, match=r"data\.train is empty"):
+        check_job(read_job(job, [*stages, "convert.recipe=transmla", "convert.options={rank=8, rotary=8}"]))
 
 
 def test_preferences_are_there_before_their_stage(job):

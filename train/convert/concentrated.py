@@ -12,7 +12,7 @@ from jaxtyping import Bool, Complex, Float, Int
 
 from kvx.errors import BadInput
 from kvx.train.convert.moments import Moments
-from kvx.train.convert.rotary_split import RotarySplit, check_even, needed
+from kvx.train.convert.rotary_split import RotarySplit, Widths, check_even, needed
 from kvx.train.convert.source import Source, as_channels, as_real_map
 from kvx.train.convert.weighing import logit_effects
 
@@ -109,19 +109,30 @@ class Concentrated:
     fold: int = 1
     reads_text = True
 
+    def widths(self, kv_heads: int, head_dim: int) -> Widths:
+        """Queries stay whole, and every group of frequencies gives as many components as another."""
+        pairs = head_dim // 2
+        rows = kv_heads * head_dim - check_even(self.rotary, kv_heads * head_dim)
+        if self.fold < 1 or pairs % self.fold:
+            raise BadInput(f"fold={self.fold} is out of range; allowed: divisors of {pairs}, the pairs of a head")
+        each = self._each(pairs)
+        if each * pairs != self.rotary // 2 * self.fold or (each and self.fold % each and each % self.fold):
+            raise BadInput(
+                f"rotary={self.rotary} with fold={self.fold} gives {self.rotary * self.fold / head_dim:g} "
+                "components to each group of frequencies; allowed: a divisor or a multiple of fold"
+            )
+        return Widths(head_dim, 1, rows)
+
+    def _each(self, pairs: int) -> int:
+        """Components that rotate, of each group of frequencies."""
+        return self.rotary // 2 * self.fold // pairs
+
     def __call__(self, source: Source, moments: Moments | None) -> RotarySplit:
         """Raises BadInput for widths that do not go up evenly."""
         moments = needed(moments, "concentrating rotation")
+        self.widths(source.kv_heads, source.head_dim)
         pairs, heads = source.head_dim // 2, source.kv_heads
-        check_even(self.rotary, heads * source.head_dim)
-        if self.fold < 1 or pairs % self.fold:
-            raise BadInput(f"fold={self.fold} is out of range; allowed: divisors of {pairs}, the pairs of a head")
-        each = self.rotary // 2 * self.fold // pairs  # components that rotate, of each group of frequencies
-        if each * pairs != self.rotary // 2 * self.fold or (each and self.fold % each and each % self.fold):
-            raise BadInput(
-                f"rotary={self.rotary} with fold={self.fold} gives {self.rotary * self.fold / source.head_dim:g} "
-                "components to each group of frequencies; allowed: a divisor or a multiple of fold"
-            )
+        each = self._each(pairs)
         components = principal_components(source, moments.inputs, fold=self.fold)
         rank = np.tile(np.arange(heads * self.fold), pairs // self.fold)
         inside = rank * self.fold // each if 0 < each <= self.fold else rank % self.fold
@@ -158,10 +169,14 @@ class Unsteady:
     attended: bool = True
     reads_text = True
 
+    def widths(self, kv_heads: int, head_dim: int) -> Widths:
+        """Queries stay whole."""
+        return Widths(head_dim, 1, kv_heads * head_dim - check_even(self.rotary, kv_heads * head_dim))
+
     def __call__(self, source: Source, moments: Moments | None) -> RotarySplit:
         """Raises BadInput for a width that the heads do not have."""
         moments = needed(moments, "finding unsteady pairs")
-        check_even(self.rotary, source.kv_heads * source.head_dim)
+        self.widths(source.kv_heads, source.head_dim)
         turns = mean_turns(source, moments)
         missed = 1 - np.abs(turns) ** 2
         rows = source.query_pairs

@@ -20,7 +20,7 @@ from kvx.train.convert.factorisation import Metric, joint
 from kvx.train.convert.moments import Moments
 from kvx.train.convert.report import Converted, Report, cached_elements
 from kvx.train.convert.rotary_split import needed
-from kvx.train.convert.source import Source, as_channels, read_source
+from kvx.train.convert.source import Source, as_channels, check_source, read_source
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,27 @@ class FewerHeads:
         """Whether it needs moments."""
         return self.pooling == "svd"
 
+    def shapes(self, model: Model, rank: int | None = None) -> Model:
+        """The converted model with shapes for parameters; those of `model` may be shapes too, and no rank is unknown.
+
+        Raises:
+            BadInput: a count that does not divide the source's, a layer that cannot be read.
+        """
+        for layer in range(len(model.blocks)):
+            check_source(model, layer)
+        heads = min(block.spec.kv_heads for block in model.blocks)
+        if self.kv_heads < 1 or heads % self.kv_heads:
+            raise BadInput(f"kv_heads={self.kv_heads} is out of range; allowed: divisors of {heads}, the model's")
+        config = json.loads(model.source)
+        return abstract_model(config | {"num_key_value_heads": self.kv_heads}, model.embedding.table.dtype)
+
     def __call__(self, model: Model, moments: Sequence[Moments] | None = None) -> tuple[Model, Report]:
         """The model with fewer KV heads in every layer, and what was done.
 
         Raises:
             BadInput: a count that does not divide the source's, a layer that cannot be read, no moments for "svd".
         """
-        counts = {read_source(model, layer).kv_heads for layer in range(len(model.blocks))}
-        heads = min(counts)
-        if self.kv_heads < 1 or heads % self.kv_heads:
-            raise BadInput(f"kv_heads={self.kv_heads} is out of range; allowed: divisors of {heads}, the model's")
-        config = json.loads(model.source)
-        changed = abstract_model(config | {"num_key_value_heads": self.kv_heads}, model.embedding.table.dtype)
+        changed = self.shapes(model)
         kept = {path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Variable)}
         for path, node in nnx.iter_graph(changed):
             if isinstance(node, nnx.Variable) and "qkv" not in path:

@@ -1,5 +1,6 @@
 """Conversions to latent attention: the fold of a recipe's parts over the layers of a model."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,8 +8,11 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from kvx.decoder import AttentionSpec
 from kvx.errors import BadInput
-from kvx.models.build import Model
+from kvx.models.build import Model, abstract_model
+from kvx.models.latent_layers import SECTION, LatentLayer, latent_layers, section
+from kvx.models.mla import LatentConfig
 from kvx.models.upcycle import LatentWeights, with_latent_attention
 from kvx.train.convert.assemble import assemble, query_rows
 from kvx.train.convert.factorisation import Decomposition, Factors, Weighing, joint
@@ -17,7 +21,7 @@ from kvx.train.convert.query_latent import Direct, QueryRule
 from kvx.train.convert.ranks import Ranks
 from kvx.train.convert.report import Converted, Report, cached_elements
 from kvx.train.convert.rotary_split import RotarySplit, Split, needed
-from kvx.train.convert.source import Source, read_source
+from kvx.train.convert.source import Source, check_source, read_source
 
 DIRECT = Direct()
 
@@ -52,6 +56,50 @@ class Recipe:
     def reads_text(self) -> bool:
         """Whether it needs moments."""
         return self.norm or self.split.reads_text or self.weighing.reads_text or self.queries.reads_text
+
+    def shapes(self, model: Model, rank: int | None = None) -> Model:
+        """The converted model with shapes for parameters, its frequencies zeros; biases, which weights tell, left out.
+
+        Args:
+            model: its parameters may be shapes.
+            rank: what stands for ranks that follow from weights; None: they are refused.
+
+        Raises:
+            BadInput: layers that do not exist, attention that cannot be converted, widths that it does not have.
+        """
+        count, config = len(model.blocks), json.loads(model.source)
+        width = model.embedding.table.shape[1]
+        found = latent_layers(config, count)
+        for layer in chosen_layers(self.layers, count):
+            check_source(model, layer)
+            found[layer] = LatentLayer(
+                self._config(model.blocks[layer].spec, width, rank), np.zeros(self.split.rotary // 2, np.float32)
+            )
+        return abstract_model(config | {SECTION: section(found)}, model.embedding.table.dtype)
+
+    def _config(self, spec: AttentionSpec, width: int, stand_in: int | None) -> LatentConfig:
+        widths = self.split.widths(spec.kv_heads, spec.key_dim)
+        rows, columns = (widths.rows, spec.kv_heads * spec.value_dim), width + 1
+        most = min(sum(rows), columns) if self.factorise is joint else sum(min(each, columns) for each in rows)
+        key = widths.content + self.split.rotary // widths.blocks
+        rank, query_rank = self.ranks.known(most), self.queries.known(min(spec.heads * key, columns))
+        latent_queries = self.queries != DIRECT
+        if stand_in is None and (rank is None or (latent_queries and query_rank is None)):
+            raise BadInput(
+                f"{self.text} has ranks that are known once its weights are; allowed for shapes without weights: "
+                "fixed ones"
+            )
+        return LatentConfig(
+            heads=spec.heads,
+            rank=rank or stand_in or 1,
+            rotary=self.split.rotary,
+            blocks=widths.blocks,
+            content=widths.content,
+            value=spec.value_dim,
+            query_rank=(query_rank or stand_in) if latent_queries else None,
+            latent_norm=self.norm,
+            scale=spec.scale,
+        )
 
     def __call__(self, model: Model, moments: Sequence[Moments] | None = None) -> tuple[Model, Report]:
         """The converted model, and what was done to each layer; the source model stays as it is.

@@ -17,6 +17,11 @@ from kvx.train.convert.ranks import Ranks
 class QueryRule(Protocol):
     """A rule that makes the query matrices of all converted layers."""
 
+    def known(self, most: int) -> int | None:
+        """Channels of the query latent, whatever the weights; None: there is none, or they tell. Raises BadInput for
+        more than `most`."""
+        ...
+
     @property
     def reads_text(self) -> bool:
         """Whether it needs moments."""
@@ -32,6 +37,9 @@ class Direct:
     """No query latent: one matrix."""
 
     reads_text = False
+
+    def known(self, most: int) -> None:
+        """None."""
 
     def __call__(self, rows: list[Float[np.ndarray, "H K X"]], moments: list[Moments | None]) -> list[Queries]:
         """The rows as they are."""
@@ -49,6 +57,10 @@ class QueryLatent:
 
     ranks: Ranks
     by_activations: bool = False
+
+    def known(self, most: int) -> int | None:
+        """As its ranks are."""
+        return self.ranks.known(most)
 
     @property
     def reads_text(self) -> bool:

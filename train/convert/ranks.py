@@ -15,6 +15,10 @@ from kvx.errors import BadInput
 class Ranks(Protocol):
     """A rule that gives every converted layer its rank."""
 
+    def known(self, most: int) -> int | None:
+        """What every layer gets, whatever its weights; None: they tell. Raises BadInput for more than `most`."""
+        ...
+
     def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
         """One rank for each layer's spectrum, singular values in the order in which they are kept."""
         ...
@@ -22,9 +26,18 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class Fixed:
-    """The same rank in every layer."""
+    """The same rank in every layer.
+
+    Attributes:
+        name: of the setting, for refusals.
+    """
 
     rank: int
+    name: str = "rank"
+
+    def known(self, most: int) -> int:
+        """The rank."""
+        return _within(self.rank, most, self.name)
 
     def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
         """As many as there are layers."""
@@ -40,15 +53,22 @@ class Energy:
         share: of the squared singular values, 0 to 1.
         ends: rank of the first and the last layer, whatever their energy; None: as the others.
         multiple: what ranks are rounded up to.
+        name: of the setting, for refusals.
     """
 
     share: float
     ends: int | None = None
     multiple: int = 8
+    name: str = "rank"
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
             raise BadInput(f"share={self.share} is out of range; allowed: above 0, up to 1")
+
+    def known(self, most: int) -> None:
+        """Of the ends alone."""
+        if self.ends is not None:
+            _within(self.ends, most, self.name)
 
     def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
         """At most what the spectrum has without zeros."""
@@ -89,6 +109,10 @@ class Budget:
                 f"mean={self.mean} and least={self.least}: allowed: multiples of {self.multiple}, least at most mean"
             )
 
+    def known(self, most: int) -> None:
+        """Not before the spectra are."""
+        _within(self.mean, most, "rank")
+
     def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
         """Raises BadInput if all layers together have less."""
         ranks = [self.least] * len(spectra)
@@ -114,3 +138,9 @@ class Budget:
 def rounded_up(count: int, multiple: int) -> int:
     """The least multiple that is not below `count`."""
     return -(-count // multiple) * multiple
+
+
+def _within(rank: int, most: int, name: str) -> int:
+    if not 1 <= rank <= most:
+        raise BadInput(f"{name}={rank} is out of range; allowed: 1 to {most} for this layer")
+    return rank

@@ -10,9 +10,10 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from kvx.errors import BadInput, unknown
+from kvx.section import accepts, allowed
 from kvx.train.convert.concentrated import Concentrated, Unsteady
 from kvx.train.convert.factorisation import joint, separate
 from kvx.train.convert.fewer_heads import FewerHeads
@@ -30,7 +31,7 @@ _RECIPES: dict[str, Callable[..., Recipe | FewerHeads]] = {}
 def named(build: Callable[..., Recipe | FewerHeads]) -> Callable[..., Recipe | FewerHeads]:
     """Register a function that builds a conversion, under its own name; the result's text is the call."""
     build = inspect.unwrap(build)
-    signature = inspect.signature(build)
+    signature, kinds = inspect.signature(build), get_type_hints(build)
 
     @functools.wraps(build)
     def checked(*arguments: Any, **parameters: Any) -> Recipe | FewerHeads:
@@ -41,6 +42,9 @@ def named(build: Callable[..., Recipe | FewerHeads]) -> Callable[..., Recipe | F
             bound = signature.bind(*arguments, **parameters)
         except TypeError as error:
             raise BadInput(f"{build.__name__}: {error}; allowed: {', '.join(signature.parameters)}") from None
+        for name, value in bound.arguments.items():
+            if not accepts(value, kinds[name]):
+                raise BadInput(f"{name}={value!r} of {build.__name__}; allowed: {allowed(kinds[name])}")
         text = ", ".join(f"{name}={value!r}" for name, value in bound.arguments.items())
         return replace(build(*bound.args, **bound.kwargs), text=f"{build.__name__}({text})")
 
@@ -95,7 +99,8 @@ def x_ecomla(
     queries: QueryRule = Direct()
     if query_rank is not None:
         fixed = rounded_up(_positive(query_rank, "query_rank"), 8)
-        queries = QueryLatent(Fixed(fixed) if query_energy is None else Energy(query_energy, ends=fixed))
+        name = "query_rank"
+        queries = QueryLatent(Fixed(fixed, name) if query_energy is None else Energy(query_energy, fixed, name=name))
     elif query_energy is not None:
         raise BadInput(f"query_energy={query_energy} without query_rank; allowed: both, since the ends' rank is fixed")
     ranks: Ranks = Fixed(rank) if energy is None else Energy(energy, ends=rank)
@@ -150,7 +155,9 @@ def transmla(
         layers: "all" or indices.
         norm: RMS norm on the latent.
     """
-    queries: QueryRule = Direct() if query_rank is None else QueryLatent(Fixed(query_rank), by_activations=True)
+    queries: QueryRule = (
+        Direct() if query_rank is None else QueryLatent(Fixed(query_rank, "query_rank"), by_activations=True)
+    )
     weighing = ByActivations(alpha=alpha)
     return Recipe(Concentrated(rotary, fold), weighing, Fixed(rank), queries=queries, layers=layers, norm=norm)
 

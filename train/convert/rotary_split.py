@@ -51,9 +51,33 @@ class RotarySplit:
         return 2 * self.frequencies.size
 
 
+@dataclass(frozen=True)
+class Widths:
+    """What a split comes to, whatever the weights are.
+
+    Attributes:
+        content: unrotated channels of a query head.
+        blocks: of the rotary key.
+        rows: content keys that all heads share.
+    """
+
+    content: int
+    blocks: int
+    rows: int
+
+
 @runtime_checkable
 class Split(Protocol):
     """A rule that splits a layer's attention."""
+
+    @property
+    def rotary(self) -> int:
+        """Channels of the rotary key."""
+        ...
+
+    def widths(self, kv_heads: int, head_dim: int) -> Widths:
+        """Of a layer's split; raises BadInput for a rotary width that such heads do not have."""
+        ...
 
     @property
     def reads_text(self) -> bool:
@@ -89,15 +113,23 @@ class ChosenPairs:
         """Whether it needs moments."""
         return self.choice == "norm"
 
+    def widths(self, kv_heads: int, head_dim: int) -> Widths:
+        """Each KV head's own block, and what is left of it."""
+        most = kv_heads * head_dim
+        if self.rotary % (2 * kv_heads) or not 0 <= self.rotary <= most:
+            raise BadInput(f"rotary={self.rotary} is out of range; allowed: multiples of {2 * kv_heads} up to {most}")
+        pairs, count = head_dim // 2, self.rotary // 2 // kv_heads
+        if self.choice == "uniform" and count and pairs % count:
+            raise BadInput(f"choice='uniform' with {count} pairs a head; allowed: divisors of {pairs}")
+        rest = head_dim - self.rotary // kv_heads
+        return Widths(rest, kv_heads, kv_heads * rest)
+
     def __call__(self, source: Source, moments: Moments | None) -> RotarySplit:
         """Raises BadInput for a width that the heads do not have."""
-        heads, most = source.kv_heads, source.kv_heads * source.head_dim
-        if self.rotary % (2 * heads) or not 0 <= self.rotary <= most:
-            raise BadInput(f"rotary={self.rotary} is out of range; allowed: multiples of {2 * heads} up to {most}")
+        heads, rest = source.kv_heads, self.widths(source.kv_heads, source.head_dim).content
         kept, other = self._choose(source, moments)
         owner = np.arange(source.heads) // source.group
         query, key = source.query_pairs, source.key_pairs
-        rest = source.head_dim - self.rotary // heads
         content = as_channels(np.stack([key[g, other[g]] for g in range(heads)]))
         lift = np.zeros((source.heads, rest, source.kv_heads, rest))
         lift[np.arange(source.heads), :, owner] = np.eye(rest) * source.magnitude**2
@@ -117,8 +149,6 @@ class ChosenPairs:
         if self.choice == "norm":
             strength = pair_strength(source, needed(moments, "choice='norm'"))
         elif self.choice == "uniform":
-            if count and pairs % count:
-                raise BadInput(f"choice='uniform' with {count} pairs a head; allowed: divisors of {pairs}")
             strength = np.zeros((source.kv_heads, pairs))
             strength[:, :: pairs // max(count, 1)] = 1
         else:
@@ -148,9 +178,13 @@ class SharedMean:
     rotary: int
     reads_text = False
 
+    def widths(self, kv_heads: int, head_dim: int) -> Widths:
+        """Whole keys are factorised, though queries meet only what does not rotate."""
+        return Widths(head_dim - check_even(self.rotary, head_dim), 1, kv_heads * head_dim)
+
     def __call__(self, source: Source, moments: Moments | None = None) -> RotarySplit:
         """Raises BadInput for a width that the heads do not have."""
-        content = source.head_dim - check_even(self.rotary, source.head_dim)
+        content = self.widths(source.kv_heads, source.head_dim).content
         frequencies, magnitude = fresh_frequencies(source.config, self.rotary)
         key = np.mean(source.key[:, content:], axis=0)[None]
         query = source.query[:, content:]

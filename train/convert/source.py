@@ -94,8 +94,8 @@ def as_real_map(pairs: Complex[np.ndarray, "*batch P N"]) -> Float[np.ndarray, "
     return np.block([[np.real(pairs), -np.imag(pairs)], [np.imag(pairs), np.real(pairs)]])
 
 
-def read_source(model: Model, layer: int) -> Source:
-    """The attention of one layer of a model of `kvx.models`.
+def check_source(model: Model, layer: int) -> None:
+    """Refuse what `read_source` cannot read; parameters may be shapes.
 
     Raises:
         BadInput: no such layer, a layer that is latent already, or norms on queries and keys (Qwen3, Gemma 3).
@@ -110,6 +110,16 @@ def read_source(model: Model, layer: int) -> Source:
             f"layer={layer} norms its queries and keys before they are rotated, which no linear map of them commutes "
             "with; allowed: a model without such norms (not Qwen3, not Gemma 3)"
         )
+
+
+def read_source(model: Model, layer: int) -> Source:
+    """The attention of one layer of a model of `kvx.models`.
+
+    Raises:
+        BadInput: as `check_source`.
+    """
+    check_source(model, layer)
+    attention = model.blocks[layer].attention
     spec = attention.spec
     fused = _with_bias(attention.qkv.kernel, attention.qkv.bias)
     rotary = attention.rotary

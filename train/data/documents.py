@@ -17,7 +17,7 @@ from kvx.errors import BadInput
 from kvx.prose import prose
 from kvx.train.data.files import LINES, PYTHON_DOCS, TABLES, TOKENS, expand, suffix
 from kvx.train.data.tables import read_column
-from kvx.train.data.token_file import TokenFile, map_tokens
+from kvx.train.data.token_file import open_tokens
 
 Record = Any
 """A text, a list of messages, or a row of token ids."""
@@ -52,7 +52,7 @@ def open_documents(
             (token ids, documents one after the other), folders of them, or Hugging Face datasets on disk; see `expand`.
         name: of the setting, for refusals.
         field: of a row: a text, or a list of messages.
-        end: the token that ends a document in .npy and .bin; None: each file is one document.
+        end: the token that ends a document in .npy and .bin that come without ends; None: each is one document.
         dtype: of .bin files.
 
     Raises:
@@ -117,7 +117,7 @@ def _read(path: Path, field: str, end: int | None, dtype: str) -> Sequence[Recor
     if kind in TABLES:
         return read_column(path, field)
     if kind in TOKENS:
-        return TokenFile(map_tokens(path, dtype), end)
+        return open_tokens(path, dtype, end)
     try:
         return [path.read_text(encoding="utf-8")]
     except UnicodeDecodeError as error:

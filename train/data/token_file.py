@@ -1,4 +1,8 @@
-"""Pre-tokenised text: a run of ids in a .npy or .bin file, mapped, cut into documents where one ends."""
+"""Pre-tokenised text: a run of ids in a .npy or .bin file, mapped, cut into documents where one ends.
+
+Where documents end says the file beside it, FILE.ends, which `kvx.train.data.tokenise` writes: an array of counts, as
+.npy. Of other people's files, which have none, a token does; chats whose turns end with that token fall apart then.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +21,16 @@ class TokenFile(Sequence[np.ndarray]):
     Args:
         tokens: of all documents, one after the other.
         end: the token that ends each; None: it is one document.
+        ends: how many tokens there are up to the end of each; None: the token tells.
     """
 
-    def __init__(self, tokens: Integer[np.ndarray, "N"], end: int | None):
+    def __init__(
+        self, tokens: Integer[np.ndarray, "N"], end: int | None, ends: Integer[np.ndarray, "documents"] | None = None
+    ):
         self._tokens = tokens
+        if ends is not None:
+            self._ends = ends
+            return
         found = np.zeros(0, np.int64) if end is None else np.flatnonzero(tokens == end) + 1
         # What follows the last end is a document too, cut short.
         cut = len(tokens) > (found[-1] if len(found) else 0)
@@ -32,6 +42,36 @@ class TokenFile(Sequence[np.ndarray]):
     def __getitem__(self, index: int) -> Integer[np.ndarray, "N"]:
         start = self._ends[index - 1] if index else 0
         return np.asarray(self._tokens[start : self._ends[index]])
+
+
+def ends_file(path: Path) -> Path:
+    """Where the ends of a file's documents are kept."""
+    return path.with_name(f"{path.name}.ends")
+
+
+def open_tokens(path: Path, dtype: str, end: int | None) -> TokenFile:
+    """The documents of a file.
+
+    Args:
+        dtype: of a .bin file.
+        end: the token that ends a document, where no file beside it tells.
+
+    Raises:
+        BadInput: as `map_tokens`; ends that are not those of the file.
+    """
+    tokens, beside = map_tokens(path, dtype), ends_file(path)
+    if not beside.exists():
+        return TokenFile(tokens, end)
+    try:
+        ends = np.load(beside)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{beside} cannot be read as ends of documents: {str(error).splitlines()[0]}") from None
+    rises = ends.ndim == 1 and ends.dtype == np.int64 and bool(np.all(np.diff(ends, prepend=0) > 0))
+    if not rises or (int(ends[-1]) if len(ends) else 0) != len(tokens):
+        raise BadInput(
+            f"{beside} does not fit the {len(tokens)} tokens of {path.name}; allowed: what was written with it"
+        )
+    return TokenFile(tokens, end, ends)
 
 
 def map_tokens(path: Path, dtype: str) -> Integer[np.ndarray, "N"]:

@@ -12,37 +12,42 @@ from kvx.errors import BadInput
 from kvx.train.data.documents import open_documents
 from kvx.train.data.encoding import Encoding
 from kvx.train.data.stream import TOKENISING
+from kvx.train.data.token_file import ends_file
 
 
 def tokenise(documents: Sequence[Any], encoding: Encoding, out: Path) -> tuple[int, np.dtype]:
-    """Write the ids of documents one after the other, each with its end, in the machine's byte order.
+    """Write the ids of documents one after the other, in the machine's byte order, and where each ends.
 
     Args:
-        documents: in this order.
-        encoding: with a token that ends a document, by which they are told apart again.
-        out: a file, which appears under its name complete or not at all.
+        documents: in this order; empty ones are left out.
+        out: a file, which appears under its name complete or not at all, with OUT.ends beside it.
 
     Returns:
         How many ids, and their dtype: uint16 where the vocabulary fits, uint32 otherwise.
 
     Raises:
-        BadInput: no such token; a file that cannot be written.
+        BadInput: a file that cannot be written.
     """
-    if encoding.end is None:
-        raise BadInput("the tokenizer has no token that ends a text; allowed: one that has")
     dtype = np.dtype(np.uint16 if encoding.vocabulary <= 1 << 16 else np.uint32)
-    partial, count = out.with_name(f".{out.name}.partial"), 0
+    partial, beside = (path.with_name(f".{path.name}.partial") for path in (out, ends_file(out)))
+    ends, count = [], 0
     encoded = grain.MapDataset.source(documents).map(encoding).to_iter_dataset(TOKENISING)
     try:
         with open(partial, "wb") as file:
             for ids in encoded:
                 file.write(ids.astype(dtype).tobytes())
                 count += len(ids)
+                if len(ids):
+                    ends.append(count)
+        with open(beside, "wb") as file:
+            np.save(file, np.asarray(ends, np.int64))
+        beside.replace(ends_file(out))
         partial.replace(out)
     except OSError as error:
         raise BadInput(f"out={str(out)!r} cannot be written: {error.strerror or error}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        for path in (partial, beside):
+            path.unlink(missing_ok=True)
     return count, dtype
 
 

@@ -106,8 +106,8 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(folder, capsys):
     ("arguments", "sentence"),
     [
         (["stages.0.btach=3"], "did you mean 'stages.0.batch'"),
-        (["convert.options.rank=65"], "convert.options.rank=65; allowed: 1 to 64"),
-        (["convert.layers=[2]"], "convert.layers names layer 2; allowed: 0 to 1"),
+        (["convert.options.rank=200"], "convert: rank=200 is out of range; allowed: 1 to 65"),
+        (["convert.layers=[2]"], "convert: layers=(2,) names a layer that does not exist; allowed: 0 to 1"),
         (["stages.0.batch=12"], "stages.0: batch=12"),
         (["data.train=['{folder}/blank.txt']"], "holds no text"),
         (["data.train=['{folder}/broken.jsonl']"], "broken.jsonl:2 is not JSON"),

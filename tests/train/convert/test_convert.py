@@ -225,6 +225,17 @@ def test_recipes_are_known_by_name():
         (lambda: x_ecomla(8, factorisation="both"), "unknown factorisation 'both'"),
         (lambda: x_ecomla(8, singular="left"), "unknown side"),
         (lambda: x_ecomla(65, rotary=6)(layers.model()), "rank=65 is out of range; allowed: 1 to 64"),
+        (lambda: x_ecomla("64"), "rank='64' of x_ecomla; allowed: an integer"),
+        (lambda: x_ecomla(64, energy="a"), "energy='a' of x_ecomla; allowed: a finite number"),
+        (lambda: transmla(64, 16.0), r"rotary=16.0 of transmla; allowed: an integer"),
+        (lambda: recipe("gqa", kv_heads=True), "kv_heads=True of gqa; allowed: an integer"),
+        (
+            lambda: x_ecomla(8, 6, query_rank=1000).shapes(layers.model()),
+            "query_rank=1000 is out of range; allowed: 1 to",
+        ),
+        (lambda: x_ecomla(8, 6, 8, energy=0.9).shapes(layers.model()), "known once its weights are"),
+        (lambda: transmla(8, 8, fold=3).shapes(layers.model()), "fold=3 is out of range"),
+        (lambda: recipe("gqa", kv_heads=3).shapes(layers.model()), "kv_heads=3 is out of range"),
         (lambda: x_ecomla(8, rotary=6, layers=(2,))(layers.model()), "allowed: 0 to 1"),
         (lambda: x_ecomla(8, rotary=6, layers=())(layers.model()), "at least one index"),
         (lambda: transmla(8, 8)(layers.model()), "needs them"),
@@ -241,3 +252,30 @@ def test_latent_layers_are_not_converted_again():
     converted, _ = x_ecomla(8, rotary=6)(layers.model())
     with pytest.raises(BadInput, match="latent attention already"):
         x_ecomla(4, rotary=6)(converted)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        x_ecomla(8, rotary=6, layers=(1,)),
+        x_ecomla(8, rotary=6, query_rank=16, norm=True),
+        x_ecomla(8, rotary=6, factorisation="separate"),
+        transmla(12, 8),
+        mha2mla(8, 4, choice="high"),
+        mha2mla(8, 8),
+        by_effect(8, 6),
+        recipe("gqa", kv_heads=1),
+    ],
+    ids=str,
+)
+def test_shapes_are_those_of_the_converted_model(chosen):
+    """But for biases, which only weights tell: conversions that centre the inputs may add some."""
+    model = layers.model()
+    converted, _ = chosen(model, layers.moments() if chosen.reads_text else None)
+
+    def shapes(model):
+        leaves = jax.tree_util.tree_leaves_with_path(model)
+        named = {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+        return {name: shape for name, shape in named.items() if "bias" not in name}
+
+    assert shapes(chosen.shapes(model)) == shapes(converted)
