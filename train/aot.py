@@ -17,7 +17,7 @@ from rich.table import Table
 
 from kvx.errors import BadInput, unknown
 from kvx.kernels.implementations import compiling_for
-from kvx.train.batch import Batch
+from kvx.train.batch import Batch, Pairs
 from kvx.train.collectives import Traffic, traffic
 from kvx.train.job import Job
 from kvx.train.mesh import check_batch, make_placement
@@ -95,30 +95,33 @@ def compile_job(job: Job, topology: str, stage: int = 0) -> Compiled:
 
     Args:
         topology: "v5e:16x16", "v5p:4x4x8", ...: chip and shape, as the TPU compiler names them.
-        stage: which of the job's; a "distill" stage.
+        stage: which of the job's.
 
     Raises:
         BadInput: a topology that is not known, a mesh that does not make it up, a batch that the mesh does not divide,
-            no TPU compiler, or a stage that is no distillation.
+            a conversion whose ranks follow from weights, or no TPU compiler.
     """
     section = job.stages[stage]
-    if section.kind != "distill":
-        raise BadInput(f"stage {stage} is of kind {section.kind!r}; allowed: 'distill', whose batches are text")
+    prefers = section.kind == "dpo"
     memory = _memory(topology)
     chips = _chips(topology)
     placement = make_placement(job.mesh, chips)
-    check_batch(placement, section.batch, section.accumulate, job.data.sequence)
+    length = job.data.pairs.sequence if prefers else job.data.sequence
+    check_batch(placement, section.batch, section.accumulate, length)
     student, teacher = model_shapes(job)
+    if prefers:
+        teacher = student  # as the stage begins
     frame, guide = Frame(student), Frame(teacher) if needs_teacher(section) else None
     names = frame.chosen(section.train, converted_layers(student))
     total = section.total_steps(job.data.sequence)
     step = Step(frame, names, section, total, objective(section, placement), placement, guide)
     state, frozen = step.begin(_shapes(frame.arrays(student)))
     beside = None if guide is None else guide.placed(placement, _shapes(guide.arrays(teacher)))
-    whole = jax.ShapeDtypeStruct((section.batch, job.data.sequence), jnp.int32)
+    whole = jax.ShapeDtypeStruct((section.batch, length), jnp.int32)
     ids = placement.put(whole, ("rows", "sequence"))
     mask = jax.ShapeDtypeStruct(ids.shape, jnp.bool_, sharding=ids.sharding)
-    batch = Batch(ids, ids, ids, mask)
+    text = Batch(ids, ids, ids, mask)
+    batch = Pairs(text, text) if prefers else text
     mesh = dict(placement.mesh.shape)
     begin = time.perf_counter()
     try:

@@ -46,7 +46,7 @@ def traffic(text: str) -> dict[str, Traffic]:
             if found := _OPERATION.search(line):
                 shape, kind, start = found.groups()
                 counts[kind] += times
-                total[kind] += times * _yielded(shape, bool(start))
+                total[kind] += times * _yielded(shape, kind, bool(start))
     return {kind: Traffic(counts[kind], round(total[kind])) for kind in sorted(counts)}
 
 
@@ -81,8 +81,23 @@ def _times(entry: str, bodies: dict[str, list[str]]) -> dict[str, int]:
     return times
 
 
-def _yielded(shape: str, started: bool) -> float:
-    """Bytes of a result; a collective that was started lists its operands too, and the largest array is its result."""
-    found = ((BYTES.get(kind, 4), dims.split(",")) for kind, dims in _SHAPE.findall(shape))
-    sizes = [width * math.prod(int(size) for size in dims if size) for width, dims in found]
-    return float(max(sizes, default=0) if started else sum(sizes))
+def _yielded(shape: str, kind: str, started: bool) -> float:
+    """Bytes of a result; a collective that was started says its operands first, but for a reduction in place."""
+    parts = _parts(shape) if started and kind != "all-reduce" else [shape]
+    found = _SHAPE.findall(parts[1] if len(parts) > 1 else shape)
+    sizes = (math.prod(int(size) for size in dims.split(",") if size) for _, dims in found)
+    return float(sum(BYTES.get(width, 4) * size for (width, _), size in zip(found, sizes, strict=True)))
+
+
+def _parts(shape: str) -> list[str]:
+    """The members of a tuple, as text; of anything else, itself."""
+    if not shape.startswith("("):
+        return [shape]
+    parts, depth = [""], 0
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts

@@ -18,6 +18,7 @@ from rich.console import Console
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.mesh import Placement
+from kvx.train.batch import Batch
 from kvx.train.checkpoints import Checkpoints
 from kvx.train.evaluation import Judge
 from kvx.train.flops import peak, training_flops
@@ -227,7 +228,9 @@ class Trainer:
         return guide.placed(self.placement, arrays)
 
     def _metrics(self, batch: Any) -> Metrics:
-        rows, length = jax.tree.leaves(batch)[0].shape[:2]
+        # A pair is two rows of tokens.
+        texts = jax.tree.leaves(batch, is_leaf=lambda node: isinstance(node, Batch))
+        tokens, length = sum(text.tokens.size for text in texts), texts[0].tokens.shape[1]
         sizes = {name: math.prod(array.shape) for name, array in self.frame.arrays(self.student).items()}
         share = sum(sizes[name] for name in self.step.names) / sum(sizes[name] for name in self.frame.parameters)
         devices = self.placement.mesh.devices
@@ -235,7 +238,7 @@ class Trainer:
         return Metrics(
             self.folder,
             self.steps,
-            rows * length,
+            tokens,
             training_flops(self.student, share, self.teacher, length),
             None if each is None else each * devices.size,
             self.console,

@@ -17,6 +17,9 @@ HloModule jit_step
   %g = bf16[64,16]{1,0} all-gather(bf16[8,16]{1,0} %x), dimensions={0}
   %s = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(bf16[8,4]{1,0} %y), dimensions={0}
   %d = bf16[32,4]{1,0} all-gather-done(%s)
+  %e = ((bf16[8,4]{1,0:T(8,128)(2,1)}, f32[2]{0}), (bf16[64,4]{1,0:T(8,128)}, f32[16]{0})) all-gather-start(%y, %z)
+  %f = (f32[16]{0}, f32[8]{0}) all-reduce-start(f32[16]{0} %p, f32[8]{0} %q), to_apply=%add
+  %k = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(f32[4]{0} %p), source_target_pairs={{0,1}}
 }
 
 %cond (p: (s32[], f32[8,16])) -> pred[] {
@@ -32,8 +35,9 @@ ENTRY %main (a: f32[8,16]) -> f32[8,16] {
 
 def test_a_collective_in_a_loop_counts_by_the_loops_turns():
     assert traffic(TEXT) == {
-        "all-gather": Traffic(6, 3 * (64 * 16 * 2 + 32 * 4 * 2)),
-        "all-reduce": Traffic(1, 8 * 16 * 4 + 4),
+        "all-gather": Traffic(9, 3 * (64 * 16 * 2 + 32 * 4 * 2 + 64 * 4 * 2 + 16 * 4)),
+        "all-reduce": Traffic(4, 8 * 16 * 4 + 4 + 3 * (16 + 8) * 4),
+        "collective-permute": Traffic(3, 3 * 4 * 4),
     }
 
 

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -167,17 +165,3 @@ def test_two_processes_begin_one_job_in_one_folder(folder):
     assert result["finished"] and result["steps"] == [12, 2]
     assert [each["policy"] for each in result["verdicts"]] == ["full", "streaming_llm(budget=16)"]
     assert kvx.load(folder / "shared" / "model")[0].blocks[0].spec.latent
-
-
-@pytest.mark.slow
-@pytest.mark.aot
-@pytest.mark.long
-def test_a_job_for_a_pod_compiles_from_the_command_line():
-    """The TPU compiler reads the repository's own job; no weights are there. Needs libtpu."""
-    pytest.importorskip("libtpu")
-    script = "from kvx.cli import main; main()"
-    job = Path(__file__).parents[3] / "configs" / "xecomla_llama32_1b.toml"
-    arguments = ["distill", str(job), "--aot", "v5e:16x16", "--json"]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["fits"]
