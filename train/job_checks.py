@@ -11,10 +11,7 @@ from kvx.train.data.files import LINES, expand
 from kvx.train.job import Job
 from kvx.train.mesh import check_batch, make_placement
 from kvx.train.parameters import Frame, converted_layers
-from kvx.train.shapes import NO_CONVERSION, model_config, recipe_options, student_shapes
-
-STAND_IN = 8
-"""The rank, for checks, of layers whose own follows from their weights."""
+from kvx.train.shapes import NO_CONVERSION, model_config, recipe_options, stand_in, student_shapes
 
 
 def check_job(job: Job, *, here: bool = True) -> Model:
@@ -32,7 +29,7 @@ def check_job(job: Job, *, here: bool = True) -> Model:
             policies, a batch that the mesh does not divide, paths that hold nothing.
     """
     source = abstract_model(model_config(job.model, job.shapes), jnp.bfloat16)
-    student = student_shapes(job, source, STAND_IN)
+    student = student_shapes(job, source, stand_in(job))
     check_trained(job, student)
     check_teacher(job, source, student)
     for text in job.evaluate.policies:

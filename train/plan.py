@@ -9,12 +9,12 @@ from kvx.errors import BadInput
 from kvx.models.build import Model
 from kvx.train.convert.report import cached_elements
 from kvx.train.job import Job
-from kvx.train.job_checks import STAND_IN, check_job
+from kvx.train.job_checks import check_job
 from kvx.train.material import read_material
 from kvx.train.mesh import make_placement
 from kvx.train.parameters import converted_layers
 from kvx.train.run_folder import check_folder
-from kvx.train.shapes import student_shapes
+from kvx.train.shapes import stand_in, student_shapes
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plan_job(job: Job, resume: bool = False) -> Plan:
     source = check_job(job)
     check_folder(job, resume)
     material = read_material(job, source)
-    student = student_shapes(job, source, STAND_IN)
+    student = student_shapes(job, source, stand_in(job))
     try:
         after = _bytes(student_shapes(job, source))
     except BadInput:

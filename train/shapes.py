@@ -55,6 +55,12 @@ def student_shapes(job: Job, source: Model, rank: int | None = None) -> Model:
         raise BadInput(f"convert: {error}") from None
 
 
+def stand_in(job: Job) -> int | None:
+    """For checks: the rank that the recipe is given, where each layer's own follows from its weights."""
+    rank = job.convert.options.get("rank")
+    return rank if type(rank) is int else None
+
+
 def recipe_options(job: Job) -> dict[str, Any]:
     """What the recipe is called with: its options, and the layers where only some are converted."""
     layers = {} if job.convert.layers == "all" else {"layers": job.convert.layers}

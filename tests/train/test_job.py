@@ -178,6 +178,7 @@ def job(tmp_path) -> Path:
 
 def test_a_job_that_fits_its_model_passes(job):
     assert len(check_job(read_job(job)).blocks) == 4
+    check_job(read_job(job, ["convert.options.energy=0.9", "evaluate.policies=['latent_codes(bits=8)', 'knorm(0.5)']"]))
 
 
 @pytest.mark.parametrize(
