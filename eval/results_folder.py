@@ -26,7 +26,8 @@ def claim(job: EvalJob, prose: Prose, anew: bool = False) -> Path:
     """The folder of a job's results, new or begun earlier by the same job.
 
     Args:
-        anew: an evaluation's results that are there are removed, whatever the job.
+        anew: an evaluation's results that are there are removed, whatever the job; so they are in any case where
+            nothing was measured yet.
 
     Raises:
         BadInput: a path that cannot be written, other files, or the results of a job that differs.
@@ -35,7 +36,10 @@ def claim(job: EvalJob, prose: Prose, anew: bool = False) -> Path:
     wanted = _identity(job, prose)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if anew and (folder / CONFIG).exists():
+        if (folder / CONFIG).exists() and (
+            anew or not any((folder / name).exists() for name in (RECORDS, KEPT, COSTS))
+        ):
+            results(folder)
             for name in (CONFIG, RECORDS, KEPT, COSTS, SUMMARY, REPORT):
                 (folder / name).unlink(missing_ok=True)
         if (folder / CONFIG).exists():
@@ -47,6 +51,18 @@ def claim(job: EvalJob, prose: Prose, anew: bool = False) -> Path:
     except OSError as error:
         raise BadInput(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from None
     return folder
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What made a folder's results, if that is what it holds.
+
+    Raises:
+        BadInput: something else, or nothing.
+    """
+    found = config(folder)
+    if not {"models", "tasks", "prose"} <= found.keys():
+        raise BadInput(f"output={str(folder)!r} holds files of something else; allowed: a new or an empty folder")
+    return found
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -70,9 +86,14 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def write_summary(folder: Path) -> None:
-    """The table as CSV, and the report, from the records alone."""
+    """The table as CSV, and the report, from the records alone.
+
+    Raises:
+        BadInput: a folder that holds no results.
+    """
     from kvx.eval.report import write_report
 
+    results(folder)
     replace_file(folder / SUMMARY, as_csv(summary(read(folder / RECORDS, Record))).encode())
     write_report(folder)
 

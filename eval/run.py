@@ -28,6 +28,7 @@ from kvx.eval.tasks.registry import Task, find
 from kvx.eval.tasks.sample import Sample
 from kvx.eval.tasks.source import Source
 from kvx.mesh import placement_of
+from kvx.models.zoo import resolve
 from kvx.progress import Steps
 from kvx.prose import Prose, prose
 
@@ -61,6 +62,9 @@ def run(
     text = text or prose(None if job.text is None else Path(job.text))
     policies = job.chosen() if policies is None else policies
     folder = Path(job.folder)
+    for model in job.models:
+        if model not in (loaded or {}):
+            resolve(model)  # one that does not exist must not leave a folder behind
     if not anew:
         claim(job, text)  # refused before a model is loaded
         for name in (RECORDS, KEPT, COSTS):

@@ -16,4 +16,4 @@ def unknown(what: str, value: str, known: Iterable[str]) -> BadInput:
     names = sorted(known)
     near = difflib.get_close_matches(value, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return BadInput(f"unknown {what} {value!r}: {hint}known: {', '.join(names)}")
+    return BadInput(f"unknown {what} {value!r}: {hint}known: {', '.join(names) or 'none'}")

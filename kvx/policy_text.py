@@ -20,10 +20,13 @@ from kvx.policies.registry import find, names
 from kvx.policy import Policy
 
 LONGEST = 16000
-"""Characters a policy's text may have: bounds the work, and the digits of a number.
+"""Characters a policy's text may have: bounds the work.
 
 Enough for a policy that names 15 percent of 10,000 heads.
 """
+
+DIGITS = 40
+"""Characters of a number."""
 
 DEEPEST = 8
 """Tuples within tuples."""
@@ -136,6 +139,8 @@ class _Parser:
     def value(self, depth: int) -> Any:
         if number := _NUMBER.match(self.text, self.at):
             self._move(number.end())
+            if len(number[0]) > DIGITS:
+                raise self._refuse(f"numbers of at most {DIGITS} characters", number.start())
             whole = re.fullmatch(r"-?\d+", number[0])
             return int(number[0]) if whole else float(number[0])
         if string := _STRING.match(self.text, self.at):

@@ -1,5 +1,6 @@
 """Configuration files: TOML that may extend another file, overrides from the command line, the section they make."""
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -67,7 +68,10 @@ def section_from(kind: type[Kind], table: Mapping[str, Any], where: str = "") ->
     try:
         return kind(**values)
     except BadInput as error:
-        raise BadInput(f"{where}{error}") from None
+        # Most sentences begin with the key that they refuse, others say what is wrong with its value.
+        begin = re.match(r"\w*", str(error))
+        apart = not where or (begin is not None and begin[0] in known)
+        raise BadInput(f"{where}{error}" if apart else f"{where[:-1]}: {error}") from None
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

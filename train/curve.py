@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class Bench:
     def _converted(self, start: str) -> Any:
         if start == UNCONVERTED:
             return self.source
-        if Path(start).is_dir():
+        if isdir(start):
             return kvx.load(start)[0]
         from kvx.train.convert import convert, measure_moments, parse_recipe
 

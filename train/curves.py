@@ -10,6 +10,7 @@ the way.
 import csv
 import json
 from collections.abc import Iterable, Sequence
+from os.path import isdir
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ import typer
 from rich.console import Console
 
 import kvx
+from kvx.cli import program, run
+from kvx.destinations import make_folder
 from kvx.errors import BadInput
 from kvx.train.curve import UNCONVERTED, Bench, Setting, folder_of
 from kvx.train.curves_plot import plot
@@ -64,7 +67,7 @@ def _starts(starts: Sequence[str]) -> None:
     from kvx.train.convert import parse_recipe
 
     for start in starts:
-        if start != UNCONVERTED and not Path(start).is_dir():
+        if start != UNCONVERTED and not isdir(start):
             parse_recipe(start)
 
 
@@ -108,6 +111,8 @@ def _command(
     """
     from kvx.compilation_cache import enable_compilation_cache
 
+    if seed and min(seed) < 0:
+        raise BadInput(f"seed={min(seed)}; allowed: integers of at least 0")
     loss = LossSection(ce=ce, kl=kl, chunk=chunk)
     values: dict[str, Any] = {
         "schedule": schedule,
@@ -125,7 +130,7 @@ def _command(
     text, other = map_tokens(train, TOKENS), map_tokens(judge, TOKENS)
     if len(text) < length * max(batch, calibration):
         raise BadInput(f"train has {len(text)} tokens; allowed: at least {length * max(batch, calibration)}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "out")
     enable_compilation_cache()
     console = Console(stderr=True)
     source, tokenizer = kvx.load(model, dtype="float32")
@@ -148,10 +153,7 @@ def _command(
             print(json.dumps(line))
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-app.command()(_command)
+app = program(_command)
 
 if __name__ == "__main__":
-    from kvx.cli import run
-
     run(app, "python -m kvx.train.curves")

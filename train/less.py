@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 
 import kvx
+from kvx.cli import program, run
 from kvx.context import Spec
 from kvx.decoder import Block, Decoder
+from kvx.destinations import check_file
 from kvx.errors import BadInput
 from kvx.inputs import checked_prompt
 from kvx.loop import attend
@@ -46,7 +48,7 @@ def train(
     settings: Settings = DEFAULT,
     *,
     prompt: int | None = None,
-    folder: Path | None = None,
+    out: Path | None = None,
     console: Console | None = None,
 ) -> tuple[Policy, list[float]]:
     """The policy with trained maps, and for each layer the share of the sparse policy's error that they leave.
@@ -60,8 +62,8 @@ def train(
         texts: of full length, as long as what is to come.
         prompt: tokens of each text that come at once, before rows are simulated and learned from. None: the budget, as
             in the paper, where every row is.
-        folder: where finished layers are kept until all are, under a name of their own for every setting: a run that
-            was interrupted goes on there. None: nowhere.
+        out: the file to write. Until it is, finished layers lie beside it, under a name of their own for every
+            setting: a run that was interrupted goes on there. None: nothing is written.
         console: for the progress bar; None: standard error.
 
     Raises:
@@ -74,7 +76,7 @@ def train(
     if prompt is None:
         prompt = host.capacity(Spec(model.blocks[0].spec, layers, length, length, 0), 0)
     whole(prompt, "prompt", least=1, most=length - 1)
-    kept = None if folder is None else folder / _name(policy, model, tokens, settings, prompt)
+    kept = None if out is None else out.absolute().parent / _name(policy, model, tokens, settings, prompt)
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
     x, found, left = embed(model, tokens), [], []
@@ -96,7 +98,8 @@ def train(
             left.append(share)
             x = _next(block, x)
     trained = with_maps(policy, jax.tree.map(lambda *arrays: jnp.stack(arrays), *found))
-    if kept is not None:
+    if out is not None and kept is not None:
+        kvx.save_policy(trained, out)
         shutil.rmtree(kept)
     return trained, left
 
@@ -183,30 +186,25 @@ def _command(
 
         python -m kvx.train.less small.safetensors -p "less(budget=64, hidden=64)" --length 512 --steps 300
 
-        kvx generate "Once" --policy less.safetensors
+        kvx generate smollm2-135m-instruct "Once" --policy less.safetensors
     """
     from kvx.compilation_cache import enable_compilation_cache
 
     chosen = kvx.parse_policy(policy)
     _stage(chosen)
-    if not out.absolute().parent.is_dir():
-        raise BadInput(f"out={str(out)!r} lies in no folder; allowed: a file in a folder that exists")
+    check_file(out, "out")
     settings = Settings(steps, batch, rows, rate, dropout, seed=seed)
     source = prose(text)
     enable_compilation_cache()
     decoder, tokenizer = kvx.load(model)
     rows_of_text = documents(tokenizer, source.haystack, texts, length)
-    trained, left = train(chosen, decoder, rows_of_text, settings, prompt=prompt, folder=out.absolute().parent)
-    kvx.save_policy(trained, out)
+    trained, left = train(chosen, decoder, rows_of_text, settings, prompt=prompt, out=out)
     print(f"{out}: {trained.text}, {trained.nbytes / 2**20:.1f} MiB of maps")
     print("share of the sparse cache's squared error that is left, by layer: " + " ".join(f"{x:.2f}" for x in left))
     print(f"mean {np.mean(left):.3f}")
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-app.command()(_command)
+app = program(_command)
 
 if __name__ == "__main__":
-    from kvx.cli import run
-
     run(app, "python -m kvx.train.less")

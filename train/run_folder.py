@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from kvx.destinations import make_folder
 from kvx.errors import BadInput
 from kvx.section_file import table_from
 from kvx.train.job import Job
@@ -45,7 +46,7 @@ def claim(job: Job) -> None:
     """Keep the job beside its run, in the place of what was kept before, whole or not at all."""
     if jax.process_index() == 0:
         folder = run_folder(job)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "output")
         partial = folder / f"{FILE}.partial"
         partial.write_text(json.dumps(table_from(job), indent=2))
         partial.replace(folder / FILE)

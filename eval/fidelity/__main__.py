@@ -94,8 +94,6 @@ def command(
 
 
 if __name__ == "__main__":
-    from kvx.cli import run
+    from kvx.cli import program, run
 
-    app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-    app.command()(command)
-    run(app, "python -m kvx.eval.fidelity")
+    run(program(command), "python -m kvx.eval.fidelity")

@@ -69,7 +69,7 @@ def check(planner: Planner, policy: Policy) -> Checked:
     job = planner.job
     topology = topology_of(job.machine.chip, job.machine.chips)
     devices = _devices(topology)[: job.machine.chips]
-    prefill = planner.prefill(policy, job.context, job.batch)
+    prefill = planner.prefill(policy, planner.context, job.batch)
     cache = planner.split.cache(prefill.cache, job.batch, planner.kv_heads)
     predicted = planner.split.parameters(planner.model) + cache.device
     # What was traced for this machine chose this machine's kernels: the compiler of another must not find it.
@@ -125,7 +125,7 @@ def _decode_step(planner: Planner, policy: Policy, prefill: AbstractPrefill, dev
 def _prefill_peak(planner: Planner, policy: Policy, device: Any) -> int:
     """Bytes on one chip while prompts are read and packed."""
     job = planner.job
-    trace = planner.prefill(policy, job.context, job.batch).trace
+    trace = planner.prefill(policy, planner.context, job.batch).trace
     alive = most_alive(
         trace,
         lambda aval: planner.split.array(aval, job.batch, planner.kv_heads),

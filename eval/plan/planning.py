@@ -29,6 +29,9 @@ from kvx.parts.amounts import whole
 from kvx.policy import Policy
 from kvx.train.shapes import model_config
 
+CONTEXT = 32768
+"""Tokens of a prompt, if nothing else is said and the model has as many."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -37,7 +40,7 @@ class Job:
     Attributes:
         model: a zoo name, a Hugging Face directory, a .gguf file, or a config.json of any name.
         machine: chips.
-        context: tokens S of every prompt.
+        context: tokens S of every prompt; None: `CONTEXT`, or as many as the model's positions leave room for.
         batch: rows u.
         answer: tokens a of an answer.
         rounds: answers R that a user gets; a cache has room for all of them.
@@ -47,7 +50,7 @@ class Job:
 
     model: str
     machine: Machine
-    context: int
+    context: int | None = None
     batch: int = 1
     answer: int = 128
     rounds: int = 1
@@ -55,7 +58,7 @@ class Job:
     dtype: DTypeLike = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch", "answer", "rounds"):
+        for name in ("batch", "answer", "rounds"):
             whole(getattr(self, name), name, least=1)
         whole(self.machine.chips, "chips", least=1)
         if self.users is not None:
@@ -120,7 +123,7 @@ class Planner:
         """Find the model's shapes.
 
         Raises:
-            BadInput: a model that cannot be found, or that kvx does not compute.
+            BadInput: a model that cannot be found, or that kvx does not compute; more positions than it has.
         """
         self.job = job
         config = model_config(job.model, job.model) if job.model.endswith(".json") else model_config(job.model)
@@ -130,6 +133,13 @@ class Planner:
         chip = job.machine.chip
         self.split = Split(job.machine.chips, tiled=bool(chip.topologies))
         self.kv_heads = self.model.blocks[0].spec.kv_heads
+        self.context = whole(min(CONTEXT, self.longest) if job.context is None else job.context, "context", 1)
+        if self.context > self.longest:
+            raise BadInput(
+                f"context={self.context}; allowed: 1 to {self.longest}, the {self.model.max_positions} positions of "
+                f"{job.model!r} less room for {job.rounds} x {job.answer} tokens of answers"
+            )
+        self.job = replace(job, context=self.context)
 
     @property
     def longest(self) -> int:
@@ -142,9 +152,9 @@ class Planner:
         Raises:
             BadInput: a policy that cannot serve the model; more positions than it has.
         """
-        full = CacheBytes.of(self.prefill(full_policy(), self.job.context, self.job.batch).cache).total
+        full = CacheBytes.of(self.prefill(full_policy(), self.context, self.job.batch).cache).total
         # All of them first: what one of them cannot do is said before the others' figures.
-        prefills = [self.prefill(policy, self.job.context, self.job.batch) for policy in policies]
+        prefills = [self.prefill(policy, self.context, self.job.batch) for policy in policies]
         for policy, prefill in zip(policies, prefills, strict=True):
             yield self._plan(policy, prefill, full)
 
@@ -178,7 +188,7 @@ class Planner:
 
     def _plan(self, policy: Policy, prefill: AbstractPrefill, full: int) -> Plan:
         job, machine = self.job, self.job.machine
-        load = self.load(policy, job.context)
+        load = self.load(policy, self.context)
         whole_cache = CacheBytes.of(prefill.cache)
         alive = most_alive(prefill.trace, lambda aval: self.split.array(aval, job.batch, self.kv_heads))
         peak = load.weights + alive

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvx.destinations import check_file
 from kvx.errors import BadInput
 from kvx.eval.plan.planning import Planner
 from kvx.eval.plan.roofline import users
@@ -18,8 +19,9 @@ def checked_png(path: Path) -> Path:
     Raises:
         BadInput: not a .png, or a folder that does not exist.
     """
-    if path.suffix.lower() != ".png" or path.is_dir() or not path.parent.is_dir():
+    if path.suffix.lower() != ".png":
         raise BadInput(f"out={str(path)!r}; allowed: a .png file in a folder that exists")
+    check_file(path, "out")
     return path
 
 
@@ -49,7 +51,7 @@ def batches_png(planner: Planner, policies: Sequence[Policy]) -> bytes:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.axhline(planner.job.batch, color="0.6", linewidth=0.8, linestyle=":")
-    axes.axvline(planner.job.context, color="0.6", linewidth=0.8, linestyle=":")
+    axes.axvline(planner.context, color="0.6", linewidth=0.8, linestyle=":")
     axes.set(
         title=f"{planner.job.model} on {machine.chips} x {machine.chip.name}: caches that fit beside the weights",
         xlabel="tokens of every prompt",

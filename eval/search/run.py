@@ -19,6 +19,7 @@ from kvx.eval.search.picture import frontier_png
 from kvx.eval.search.progress import Watch
 from kvx.eval.search.space import Space
 from kvx.eval.summary import Row
+from kvx.models.zoo import resolve
 from kvx.prose import prose
 
 JSON, CONFIG, PICTURE = "search.json", "frontier.toml", "frontier.png"
@@ -42,6 +43,8 @@ def run_search(
         BadInput: a name, a task or a folder that cannot be; a limit that nothing fits in.
     """
     space, text = Space.of(job.only, job.without), prose(None if job.text is None else Path(job.text))
+    if loaded is None:
+        resolve(job.model)
     folder = claim(job.evaluation(), text)
     mend(folder / RECORDS)
     records = read(folder / RECORDS, Record)

@@ -1,7 +1,7 @@
 """The command line, one file per command; heavy imports happen inside the commands."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -25,14 +25,16 @@ EXTRAS = {"grain": "train", "orbax": "train", "pyarrow": "train", "tensorboardX"
 EXTRAS |= {"optuna": "eval", "jieba": "eval", "huggingface_hub": "hub", "libtpu": "aot"}
 """Packages that some commands need, and the extra of kvx that brings each."""
 
+_STYLE: dict[str, Any] = {
+    "add_completion": False, "rich_markup_mode": "markdown", "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}  # fmt: skip
+
 app = typer.Typer(
     name="kvx",
     help="KV-cache compression for JAX: which policy keeps quality in the fewest bytes?",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **_STYLE,
 )
 for _command in (fetch, generate, compare, policies, plan, search, heads, distill):
     app.command()(_command)
@@ -46,6 +48,14 @@ _Refusal: Any = typer.BadParameter.__bases__[0].__bases__[0]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; see `run`."""
     run(app, "kvx", arguments)
+
+
+def program(*commands: Callable[..., None]) -> typer.Typer:
+    """The command line of a module that is run by `python -m`, in the style of kvx's own."""
+    app = typer.Typer(**_STYLE)
+    for command in commands:
+        app.command(context_settings=_STYLE["context_settings"])(command)
+    return app
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +80,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
         sys.exit(_refused(name, f"{missing} is not installed; allowed: pip install kvx[{EXTRAS[missing]}]"))
     except _Refusal as error:
         message = error.format_message()
-        if not given or not message.strip():  # alone it has printed its help
+        if not message.strip() or (not given and app.info.no_args_is_help is True):  # alone it has printed its help
             sys.exit(BAD_INPUT)
         sys.exit(_refused(name, message))
     except (typer.Abort, KeyboardInterrupt):

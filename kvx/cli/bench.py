@@ -52,8 +52,9 @@ def kernels(
 
         kvx bench kernels --check --implementation triton
     """
+    from kvx.destinations import check_file, make_folder
     from kvx.errors import BadInput, unknown
-    from kvx.eval.bench_kernels.calls import calls
+    from kvx.eval.bench_kernels.calls import calls, implementations
     from kvx.kernels.arg_spec import CHIPS
 
     if shapes not in SHAPES:
@@ -64,6 +65,13 @@ def kernels(
     chosen = list(calls("NUMERIC" if check else shapes, tuple(only or ()), tuple(matching or ("",))))
     if not chosen:
         raise BadInput(f"matching is {matching}, which no shape of the chosen operations contains")
+    known = sorted({name for call in chosen for name in implementations(call.operation)})
+    for name in implementation or ():
+        if name not in known:
+            raise unknown("implementation", name, known)
+    if out is not None:
+        make_folder(out.parent, "out")
+        check_file(out, "out")
     if aot:
         _ahead_of_time(chosen, tuple(chip or CHIPS), out, json)
     elif check:
@@ -137,7 +145,6 @@ def _timed(chosen, given: tuple[str, ...], tune: bool, peers: bool, out: Path | 
 def _write(table: str, out: Path | None) -> None:
     """As far as it is: what a long run has found is there if it is cut short."""
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(table)
 
 

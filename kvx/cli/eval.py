@@ -34,6 +34,8 @@ def evaluate(
 
         kvx eval --tasks
     """
+    from dataclasses import replace
+
     from kvx.compilation_cache import enable_compilation_cache
     from kvx.errors import BadInput
     from kvx.eval.job import EvalJob
@@ -47,8 +49,9 @@ def evaluate(
         return
     if config is None:
         raise BadInput("config is missing; allowed: a TOML file, such as those in configs/eval/ (see --help)")
-    overrides = [*(override or ()), *([] if out is None else [f"output={str(out)!r}"])]
-    job = read_section(EvalJob, config, overrides)
+    job = read_section(EvalJob, config, override or ())
+    if out is not None:
+        job = replace(job, output=str(out))
     if report:
         write_summary(Path(job.folder))
     else:

@@ -52,7 +52,7 @@ def generate(
     chosen = policy_argument(policy)
     rule = kvx.sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     count = whole(max_new_tokens, "max_new_tokens", least=1)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     if not text:
         raise BadInput("prompt is empty; allowed: at least one character")
 
@@ -162,3 +162,13 @@ def _report(result: dict[str, Any], shown: str, as_json: bool) -> None:
         f"cache, prefill {result['prefill_seconds']:.1f} s with compilation, {result['new_tokens']} tokens{speed}]",
         file=sys.stderr,
     )
+
+
+def _standard_input() -> str:
+    """All of it, whatever the locale."""
+    from kvx.errors import BadInput
+
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"prompt is not UTF-8 at byte {error.start}; allowed: UTF-8 text") from None

@@ -46,15 +46,15 @@ def heads(
 
     import kvx
     from kvx.compilation_cache import enable_compilation_cache
-    from kvx.errors import BadInput
+    from kvx.destinations import check_file
     from kvx.eval.heads.report import check_rule, head_report, table
     from kvx.parts.retrieval_heads import RetrievalHeads
     from kvx.prose import documents, prose
 
     check_rule(by)
-    for path in (out, png):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise BadInput(f"{str(path)!r} cannot be written; allowed: a file in a folder that is there")
+    for name, path in (("out", out), ("png", png)):
+        if path is not None:
+            check_file(path, name)
     search = RetrievalHeads(induction, echo, block)
     source = prose(text)
     enable_compilation_cache()

@@ -14,7 +14,9 @@ def plan(
     ],
     chip: Annotated[str, typer.Option(help="v4, v5e, v5p, v6e, H100, H200 or MI300X.")] = "v5e",
     chips: Annotated[int, typer.Option(help="Chips that hold the model together.")] = 1,
-    context: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 32768,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of every prompt. Default: 32768, or what the model has positions for.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     policy: Annotated[
         list[str] | None,
@@ -80,10 +82,10 @@ def plan(
     if target is not None:
         target.write_bytes(batches_png(planner, chosen))
     if json:
-        print(dumps(tables.as_json(job, plans, checks), indent=2))
+        print(dumps(tables.as_json(planner.job, plans, checks), indent=2))
         return
-    shown = [tables.plan_table(job, plans)]
+    shown = [tables.plan_table(planner.job, plans)]
     shown += [tables.check_table(checks)] if checks else []
-    shown += [tables.formula_table(job)] if formulas else []
+    shown += [tables.formula_table(planner.job)] if formulas else []
     for table in shown:
         Console().print(table)

@@ -1,6 +1,6 @@
 """What `--policy` accepts: a policy's text, or the path of a file that `kvx.save_policy` wrote."""
 
-from pathlib import Path
+from os.path import isfile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +18,6 @@ def policy_argument(text: str) -> "Policy":
     from kvx.policy_files import load_policy
     from kvx.policy_text import parse_policy
 
-    if text.endswith(".safetensors") or Path(text).is_file():
+    if text.endswith(".safetensors") or isfile(text):
         return load_policy(text)
     return parse_policy(text)

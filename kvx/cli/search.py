@@ -23,7 +23,8 @@ def search(
         "agnostic"
     ),
     option: Annotated[
-        list[str] | None, typer.Option(help="An option of the task: digits=32, as in TOML. May be repeated.")
+        list[str] | None,
+        typer.Option(help="An option of the task: digits=32 of key_value, as in TOML. May be repeated."),
     ] = None,
     forced: Annotated[int, typer.Option(help="For fidelity: tokens of a document that are forced.")] = 128,
     batch: Annotated[int, typer.Option(help="Samples at a time.")] = 4,

@@ -50,6 +50,9 @@ class Share:
 
 
 Amount = Slots | Share
+LARGEST = 2**31 - 1
+"""What an array of int32 holds."""
+
 T = TypeVar("T")
 
 
@@ -59,12 +62,12 @@ def amount(value: Any, name: str = "budget") -> Amount:
     Raises:
         BadInput: anything else (zero, negative, NaN, a float above 1, a bool).
     """
-    allowed = "allowed: an int of at least 1 (slots per KV head) or a float in (0, 1] (share of the prompt)"
+    allowed = "allowed: an int from 1 to 2^31 - 1 (slots per KV head) or a float in (0, 1] (share of the prompt)"
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise BadInput(f"{name}={value!r} is not a number; {allowed}")
     if isinstance(value, (int, np.integer)):
-        if value < 1:
-            raise BadInput(f"{name}={value} is not positive; {allowed}")
+        if not 1 <= value <= LARGEST:
+            raise BadInput(f"{name}={value} is out of range; {allowed}")
         return Slots(int(value))
     if not (math.isfinite(value) and 0 < value <= 1):
         raise BadInput(f"{name}={value} is out of range; {allowed}")
@@ -77,8 +80,10 @@ def whole(value: Any, name: str, least: int, most: int | None = None) -> int:
     Raises:
         BadInput: not an int in [least, most].
     """
-    allowed = f"an int of at least {least}" if most is None else f"an int from {least} to {most}"
     number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if most is None and number and value > LARGEST:
+        most = LARGEST
+    allowed = f"an int of at least {least}" if most is None else f"an int from {least} to {most}"
     if not number or value < least or (most is not None and value > most):
         raise BadInput(f"{name}={value!r} is out of range; allowed: {allowed}")
     return int(value)

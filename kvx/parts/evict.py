@@ -1,5 +1,6 @@
 """The selection stage: score x budget x losers x schedule, the whole of grid 1 in one place."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.context import Activations, Context, Spec
+from kvx.decoder import AttentionSpec
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.merge_partials import Partial
 from kvx.parts.amounts import Amount, Slots
@@ -98,6 +100,9 @@ class Evict(Stage):
 
     def calibrate(self, digests: list[Any]) -> "Evict":
         return replace(self, score=self.score.calibrate(digests))
+
+    def objection(self, layers: Mapping[int, AttentionSpec]) -> str | None:
+        return super().objection(layers) or self.losers.objection(layers)
 
     def capacity(self, spec: Spec, layer: int) -> int:
         self.score.check(spec)

@@ -1,6 +1,6 @@
 """The feature state: losers live on in a linear attention of constant size, under one softmax with the survivors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -165,8 +165,17 @@ class Absorb(Losers):
     recalls: ClassVar[bool] = True
     values_apart: ClassVar[bool] = True
 
+    def objection(self, layers: Mapping[int, AttentionSpec]) -> str | None:
+        """It has to be trained before."""
+        if self.maps.query_in is not None:
+            return None
+        return (
+            "is not trained, its feature maps have no arrays; allowed: python -m kvx.train.less first, then "
+            "kvx.load_policy(path)"
+        )
+
     def check(self, spec: Spec) -> None:
-        """Maps that are there, and of this model's shapes; no sliding window.
+        """Maps of this model's shapes; no sliding window.
 
         Raises:
             BadInput: otherwise.
@@ -176,11 +185,6 @@ class Absorb(Losers):
             raise BadInput(
                 f"the model has a sliding window of {attention.window} tokens, and a feature state cannot tell which "
                 "of its tokens have left it; allowed: layers that see everything"
-            )
-        if self.maps.query_in is None:
-            raise BadInput(
-                "less is not trained: its feature maps have no arrays; allowed: python -m kvx.train.less first, then "
-                "kvx.load_policy(path)"
             )
         for name, shape in FeatureMaps.shapes(attention, self.hidden, self.features).items():
             found, wanted = getattr(self.maps, name), (spec.layers, *shape)

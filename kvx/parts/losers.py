@@ -1,10 +1,12 @@
 """Losers: what happens to tokens that do not stay (grid 1, third column)."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvx.context import Context, Spec
+from kvx.decoder import AttentionSpec
 from kvx.evidence import Evidence, Requests
 from kvx.kernels.merge_partials import Partial
 from kvx.pytree import pytree
@@ -24,6 +26,10 @@ class Losers(Protocol):
     recalls: ClassVar[bool] = False
     values_apart: ClassVar[bool] = False
     unchained: bool = False
+
+    def objection(self, layers: Mapping[int, AttentionSpec]) -> str | None:
+        """Why it cannot serve a model; see `Stage.objection`."""
+        return None
 
     def check(self, spec: Spec) -> None:
         """Refuse a model it cannot serve (BadInput)."""

@@ -112,8 +112,8 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "train_layer", failing)
     with pytest.raises(KeyboardInterrupt):
-        train(small(), model(), texts, QUICK, prompt=PROMPT, folder=tmp_path)
-    trained, _ = train(small(), model(), texts, QUICK, prompt=PROMPT, folder=tmp_path)
+        train(small(), model(), texts, QUICK, prompt=PROMPT, out=tmp_path / "less.safetensors")
+    trained, _ = train(small(), model(), texts, QUICK, prompt=PROMPT, out=tmp_path / "less.safetensors")
     assert len(calls) == 3 and list(tmp_path.iterdir()) == []
     for one, other in zip(jax.tree.leaves(trained), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kvx
+from kvx.cli import program, run
+from kvx.destinations import make_folder
 from kvx.errors import BadInput
 from kvx.train.convert import convert, measure_moments, parse_recipe
 from kvx.train.convert.held_out import perplexity, windows
@@ -19,10 +21,7 @@ Text = Annotated[str, typer.Option(help="Text to calibrate on: a file or folder,
 Rows = Annotated[int, typer.Option(help="Windows of text to calibrate on.", min=1)]
 Length = Annotated[int, typer.Option(help="Tokens of a window.", min=2)]
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
-
-@app.command()
 def apply(
     recipe: Annotated[str, typer.Argument(help='Such as "transmla(rank=64, rotary=32)".')],
     out: Annotated[Path, typer.Argument(help="A new directory, which kvx.load reads.")],
@@ -44,6 +43,7 @@ def apply(
         raise BadInput(f"text=None, but {recipe} reads text; allowed: a file of it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"out={str(out)!r} is in the way; allowed: a new directory, or an empty one")
+    make_folder(out.absolute().parent, "out")
     read = None if text is None else open_documents([text], "text")
     enable_compilation_cache()
     source, tokenizer = kvx.load(model)
@@ -55,7 +55,6 @@ def apply(
     kvx.save(converted, tokenizer, out)
 
 
-@app.command()
 def compare(
     recipes: Annotated[list[str], typer.Argument(help='Such as "transmla(rank=64, rotary=32)".')],
     text: Text,
@@ -106,7 +105,7 @@ def _moments(source: Any, tokenizer: Any, text: Documents, count: int, length: i
     return measure_moments(source, [rows[start : start + 8] for start in range(0, len(rows), 8)])
 
 
-if __name__ == "__main__":
-    from kvx.cli import run
+app = program(apply, compare)
 
+if __name__ == "__main__":
     run(app, "python -m kvx.train.convert")

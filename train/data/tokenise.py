@@ -8,6 +8,7 @@ import grain
 import numpy as np
 import typer
 
+from kvx.cli import program, run
 from kvx.errors import BadInput
 from kvx.train.data.documents import open_documents
 from kvx.train.data.encoding import Encoding
@@ -77,10 +78,7 @@ def _command(
     print(f'{out}: {count} tokens of {len(documents)} documents; in a job: tokens_dtype = "{dtype}"')
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-app.command()(_command)
+app = program(_command)
 
 if __name__ == "__main__":
-    from kvx.cli import run
-
     run(app, "python -m kvx.train.data.tokenise")

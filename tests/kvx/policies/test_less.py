@@ -309,7 +309,7 @@ def test_a_packed_cache_hands_over_whole_groups():
 
 def test_a_policy_without_maps_with_foreign_ones_or_on_a_sliding_window_is_refused(tmp_path):
     prompt, _ = prompts(20)
-    with pytest.raises(kvx.BadInput, match="less is not trained"):
+    with pytest.raises(kvx.BadInput, match="is not trained"):
         kvx.prefill(model(), prompt, small())
     with pytest.raises(kvx.BadInput, match=r"query_in has shape \(2, 4, 32, 16\); allowed: \(4, 4, 32, 16\)"):
         kvx.prefill(model(), prompt, drawn(small(), layers=2))

@@ -1,0 +1,45 @@
+"""Where results go: whether a file or a folder can be written, asked before the work whose results it takes."""
+
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from kvx.errors import BadInput
+
+
+def check_file(path: Path, name: str) -> None:
+    """Refuse a file that cannot be written.
+
+    Args:
+        path: of a file, new or to be replaced.
+        name: of the setting, for the refusal.
+
+    Raises:
+        BadInput: it is a folder, its folder does not exist, or nothing can be written there.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise BadInput(f"{name}={str(path)!r} is a folder; allowed: a file")
+    if not folder.is_dir():
+        raise BadInput(f"{name}={str(path)!r} lies in no folder; allowed: a file in a folder that exists")
+    _try(folder, path, name)
+
+
+def make_folder(path: Path, name: str) -> None:
+    """Make a folder, and those above it, if they are not there.
+
+    Raises:
+        BadInput: a file is in the way, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{name}={str(path)!r} cannot be made: {error.strerror or error}; allowed: a folder") from None
+    _try(path, path, name)
+
+
+def _try(folder: Path, path: Path, name: str) -> None:
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"{name}={str(path)!r} cannot be written: {error.strerror or error}") from None
