@@ -113,8 +113,6 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise BadInput("the model has no chat template, allowed is plain text")
-        if any(not isinstance(message, Mapping) for message in messages):
-            raise BadInput(f"messages={str(messages)[:80]} are no conversation, allowed are dicts of role and content")
         messages = [dict(message) for message in messages]
         if not messages:
             raise BadInput("messages are empty, allowed are one or more")

@@ -24,7 +24,7 @@ def search(
     ),
     option: Annotated[
         list[str] | None,
-        typer.Option(help="An option of the task: digits=32 of key_value, as in TOML. May be repeated."),
+        typer.Option(help="An option of the task, as in TOML: digits=32 of key_value. Repeatable."),
     ] = None,
     forced: Annotated[int, typer.Option(help="For fidelity: tokens of a document that are forced.")] = 128,
     batch: Annotated[int, typer.Option(help="Samples at a time.")] = 4,

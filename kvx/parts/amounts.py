@@ -67,7 +67,7 @@ def amount(value: Any, name: str = "budget") -> Amount:
         raise BadInput(f"{name}={value!r} is not a number; {allowed}")
     if isinstance(value, (int, np.integer)):
         if not 1 <= value <= LARGEST:
-            raise BadInput(f"{name}={value} is out of range; {allowed}")
+            raise BadInput(f"{name}={value} is {'not positive' if value < 1 else 'out of range'}; {allowed}")
         return Slots(int(value))
     if not (math.isfinite(value) and 0 < value <= 1):
         raise BadInput(f"{name}={value} is out of range; {allowed}")

@@ -9,11 +9,14 @@ from rich.console import Console
 
 import kvx
 from kvx.errors import BadInput
+from kvx.eval import results_folder
 from kvx.eval import run as running
 from kvx.eval.job import EvalJob, TaskSection
 from kvx.eval.records import KEPT, RECORDS, Kept, Record, read
+from kvx.eval.results_folder import write_summary
 from kvx.eval.run import run
 from kvx.eval.summary import as_csv, summary
+from kvx.prose import prose
 from tests import tiny
 from tests.eval.letters import Letters
 
@@ -131,6 +134,30 @@ def test_a_folder_of_another_job_or_of_other_files_is_refused_and_nothing_change
     with pytest.raises(BadInput, match="something else"):
         quietly(job(tmp_path), loaded)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_config_of_something_else_is_not_taken_for_results(loaded, tmp_path):
+    """A model's folder has a config.json too."""
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "vocab_size": 97}')
+    for anew in (False, True):
+        with pytest.raises(BadInput, match="holds files of something else"):
+            run(job(tmp_path), console=Console(file=io.StringIO()), loaded=loaded, anew=anew)
+    with pytest.raises(BadInput, match="holds files of something else"):
+        write_summary(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_job_that_cannot_run_takes_no_folder_and_leaves_earlier_results(done, loaded, tmp_path):
+    folder, records = done
+    with pytest.raises(BadInput, match="unknown model"):
+        run(job(tmp_path / "out", models=("smollm2-135m-instruc",)), console=Console(file=io.StringIO()))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BadInput, match="is not trained"):
+        run(job(folder, policies=("less(budget=64)",)), console=Console(file=io.StringIO()), loaded=loaded, anew=True)
+    assert read(folder / RECORDS, Record) == records
+    # Where nothing was measured yet, another job may begin.
+    results_folder.claim(job(tmp_path / "begun"), prose())
+    results_folder.claim(job(tmp_path / "begun", seed=1), prose())
 
 
 def test_a_length_that_cannot_hold_the_task_is_refused_before_any_work(loaded, tmp_path):

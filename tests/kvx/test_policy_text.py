@@ -106,6 +106,9 @@ def test_errors_name_the_column_and_what_is_allowed(text, column, allowed):
         ("snapkv", "missing a required argument"),
         ("full(1)", "too many positional arguments"),
         ("x" * 16_001, "at most 16000"),
+        ("snapkv(budget=" + "1" * 5000 + ")", "numbers of at most 40 characters"),
+        ("snapkv(budget=10000000000000)", "budget=10000000000000 is out of range"),
+        ("snapkv(budget=64, window=9999999999)", "allowed: an int from"),
     ],
 )
 def test_names_and_values_that_methods_refuse(text, words):

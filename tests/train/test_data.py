@@ -233,6 +233,11 @@ def test_the_documentation_of_python_is_always_there():
     assert len(first[0]) > 100_000 and len(second[0]) > 100_000 and first[0][:1000] not in second[0]
 
 
+def test_messages_that_are_none_are_refused():
+    with pytest.raises(BadInput, match=r"messages=\[1, 2\] are no conversation"):
+        Encoding.of(letters(chat=True))([1, 2])
+
+
 def test_documents_begin_and_end_as_the_model_wants():
     ids = ENCODING("ab").tolist()
     assert ids[0] == TOKENIZER.bos_id and ids[-1] == ENCODING.end and TOKENIZER.decode(ids) == "ab"

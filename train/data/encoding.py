@@ -1,6 +1,6 @@
 """Documents as token ids: what a tokenizer makes of text and of chats, and ids that were made before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,8 @@ class Encoding:
             raise BadInput("a document is text, and there is no tokenizer; allowed: .npy or .bin files of token ids")
         if isinstance(record, str):
             ids = self.tokenizer.encode(record)
+        elif any(not isinstance(message, Mapping) for message in record):
+            raise BadInput(f"messages={str(record)[:80]} are no conversation; allowed: objects with role and content")
         else:
             text = self.tokenizer.chat(record, add_generation_prompt=False, render=self.render)
             ids = self.tokenizer.encode(text, add_special=False)

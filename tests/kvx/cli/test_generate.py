@@ -68,9 +68,13 @@ def test_sampling_is_reproducible_by_its_seed(loaded, capsys):
 def test_standard_input_is_read(loaded, capsys, monkeypatch):
     import io
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello there"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello there")))
     run("-", "--no-chat", "--max-new-tokens", "4")
     assert capsys.readouterr().out == expected("Hello there", max_new_tokens=4) + "\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 abc")))
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "small", "-"])
+    assert end.value.code == 2 and "prompt is not UTF-8 at byte 3" in capsys.readouterr().err
 
 
 @pytest.mark.slow

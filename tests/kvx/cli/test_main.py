@@ -64,6 +64,10 @@ def test_policies_as_json(capsys):
         (("compare", "--policy", "snapkv(budgett=3)"), "did you mean 'budget'"),
         (("compare", "--text", "/nowhere/at/all"), "is not a folder"),
         (("compare", "--nothing"), "--nothing"),
+        (("generate", "smollm2-135m-instruct", "Hi", "--policy", "snapkv(256" + " " * 300), "column"),
+        (("bench", "kernels", "--implementation", "cuda"), "unknown implementation 'cuda'"),
+        (("bench", "kernels", "--out", "/proc/here/table.md"), "/proc/here' cannot be made"),
+        (("heads", "smollm2-135m-instruct", "--png", "/nowhere/at/all.png"), "lies in no folder"),
         (("fetch", "smollm2"), "known: gemma3-270m, smollm2-135m-instruct"),
         (("fetsch",), "fetsch"),
     ],
@@ -80,6 +84,27 @@ def test_an_out_folder_that_cannot_be_is_refused_before_any_work(capsys, tmp_pat
     (tmp_path / "file").write_text("")
     status, _, err = run(capsys, "compare", "--out", str(tmp_path / "file"))
     assert status == 2 and "cannot be written" in err
+
+
+def test_an_extra_that_is_not_installed_is_one_line_too(capsys, monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("No module named 'grain.python'", name="grain.python")
+
+    monkeypatch.setattr("kvx.policies.names", missing)
+    status, out, err = run(capsys, "policies")
+    assert status == 2 and out == "" and err == "kvx: error: grain is not installed; allowed: pip install kvx[train]\n"
+
+
+def test_programs_of_modules_say_what_is_missing_and_know_short_help(capsys):
+    """Alone they were silent."""
+    import kvx.cli
+    from kvx.train.curves import app
+
+    for arguments, words in (((), "rror: Missing"), (("-h",), "kvx.train.curves")):
+        with pytest.raises(SystemExit):
+            kvx.cli.run(app, "python -m kvx.train.curves", arguments)
+        shown = capsys.readouterr()
+        assert words in shown.out + shown.err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -60,7 +60,9 @@ def test_json_has_the_full_cache_first_and_once(planned):
         (("--chip", "v7"), "unknown chip 'v7'"),
         (("--chip", "v5"), "did you mean"),
         (("--context", "0"), "context=0"),
-        (("--context", "5000"), "positions"),
+        (("--context", "5000"), "context=5000; allowed: 1 to 640, the 768 positions of"),
+        (("--context", "99999999999"), "allowed: an int from 1 to 2147483647"),
+        (("--out", "/nowhere/plan.png"), "lies in no folder"),
         (("--chips", "0"), "chips=0"),
         (("-p", "q_filters(budget=64)"), "q_filters"),
         (("-p", "snapkv(budget=0)"), "budget=0"),
@@ -72,3 +74,13 @@ def test_json_has_the_full_cache_first_and_once(planned):
 def test_bad_input_is_one_line(planned, arguments, words):
     status, out, err = planned(*arguments)
     assert status == 2 and not out and words in err and err.count("\n") == 1
+
+
+def test_a_prompt_is_as_long_as_the_model_allows_if_nothing_is_said(tmp_path, capsys):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**CONFIG, "max_position_embeddings": 768, "num_hidden_layers": 1}))
+    app = typer.Typer()
+    app.command()(plan)
+    with pytest.raises(SystemExit):
+        run(app, "kvx", (str(path), "--json"))
+    assert json.loads(capsys.readouterr().out)["context"] == 640
