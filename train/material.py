@@ -125,7 +125,7 @@ def read_material(job: Job, source: Model) -> Material:
     for documents in (train, held_out):
         if len(documents):
             encoding(documents[0])  # refuses messages without a template, and ids of another vocabulary
-    hidden = []
+    hidden: Sequence[Any] = ()
     if asked.passkey:
         hidden = prompts(tokenizer, _text(held_out, tokenizer), asked.passkey_length, asked.passkey, job.seed)
     return Material(job, tokenizer, encoding, train, held_out, pairs, hidden)

@@ -22,7 +22,7 @@ CHUNK = 1024
 """Tokens whose logits exist at a time."""
 
 
-def prompts(tokenizer: Any, text: str, length: int, count: int, seed: int = 0) -> list[Any]:
+def prompts(tokenizer: Any, text: str, length: int, count: int, seed: int = 0) -> Sequence[Any]:
     """Samples of the passkey workload, without a chat template.
 
     Args:

@@ -27,7 +27,7 @@ from kvx.train.metrics import FILE, read
 from kvx.train.objective import needs_teacher, objective
 from kvx.train.parameters import Frame, cast, converted_layers
 from kvx.train.run_folder import check_folder, claim, run_folder, stage_folder
-from kvx.train.start import KEY, start
+from kvx.train.start import KEY, Sizes, start
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def run_job(
             if stopped:
                 break
     held_out, guide = _losses(job)
-    sizes = facts["sizes"]
+    sizes: Sizes = (facts["sizes"][0], facts["sizes"][1])
     if stopped:
         return Result(job.name, str(folder), False, *sizes, tuple(steps), held_out, guide)
     student = on_host(student, job.saved_dtype)
