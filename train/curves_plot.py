@@ -25,7 +25,9 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     _draw(upper, lines, "perplexity", starts)
     upper.set(ylabel="held-out perplexity", yscale="log")
     upper.yaxis.set_major_formatter("{x:g}")
-    upper.yaxis.set_minor_formatter("{x:g}")
+    low, high = upper.get_ylim()
+    named = "25" if high > 20 * low else "23456789"  # more would lie upon each other
+    upper.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in named else "")
     upper.legend(frameon=False, fontsize=8)
     for axes in below:
         _draw(axes, asked, "passkey", starts)

@@ -161,7 +161,8 @@ def test_a_job_trains_resumes_and_saves_what_kvx_loads(folder, capsys, monkeypat
 def test_two_processes_begin_one_job_in_one_folder(folder):
     """Both look at the folder before either writes to it, and end together though one of them judges alone."""
     command = ["-c", "from kvx.cli import main; main()", "distill", str(folder / "job.toml"), "--json"]
-    result = json.loads(together([*command, f"output={folder}/shared", "checkpoint.every=100"], 2, 4))
+    shown = together([*command, f"output={folder}/shared", "checkpoint.every=100"], 2, 4)
+    result = json.loads(shown[shown.index("{\n") :])  # behind what Gloo says
     assert result["finished"] and result["steps"] == [12, 2]
     assert [each["policy"] for each in result["verdicts"]] == ["full", "streaming_llm(budget=16)"]
     assert kvx.load(folder / "shared" / "model")[0].blocks[0].spec.latent
