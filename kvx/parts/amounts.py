@@ -62,12 +62,14 @@ def amount(value: Any, name: str = "budget") -> Amount:
     Raises:
         BadInput: anything else (zero, negative, NaN, a float above 1, a bool).
     """
-    allowed = "allowed: an int from 1 to 2^31 - 1 (slots per KV head) or a float in (0, 1] (share of the prompt)"
+    allowed = "allowed: an int of at least 1 (slots per KV head) or a float in (0, 1] (share of the prompt)"
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise BadInput(f"{name}={value!r} is not a number; {allowed}")
     if isinstance(value, (int, np.integer)):
-        if not 1 <= value <= LARGEST:
-            raise BadInput(f"{name}={value} is {'not positive' if value < 1 else 'out of range'}; {allowed}")
+        if value < 1:
+            raise BadInput(f"{name}={value} is not positive; {allowed}")
+        if value > LARGEST:
+            raise BadInput(f"{name}={value} is out of range; allowed: an int of at most {LARGEST} (slots per KV head)")
         return Slots(int(value))
     if not (math.isfinite(value) and 0 < value <= 1):
         raise BadInput(f"{name}={value} is out of range; {allowed}")
