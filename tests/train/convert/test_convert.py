@@ -266,7 +266,7 @@ def test_latent_layers_are_not_converted_again():
         by_effect(8, 6),
         recipe("gqa", kv_heads=1),
     ],
-    ids=str,
+    ids=lambda chosen: chosen.text,
 )
 def test_shapes_are_those_of_the_converted_model(chosen):
     """But for biases, which only weights tell: conversions that centre the inputs may add some."""
