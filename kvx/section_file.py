@@ -70,8 +70,8 @@ def section_from(kind: type[Kind], table: Mapping[str, Any], where: str = "") ->
     except BadInput as error:
         # Most sentences begin with the key that they refuse, others say what is wrong with its value.
         begin = re.match(r"\w*", str(error))
-        apart = not where or (begin is not None and begin[0] in known)
-        raise BadInput(f"{where}{error}" if apart else f"{where[:-1]}: {error}") from None
+        names_it = not where or (begin is not None and begin[0] in known)
+        raise BadInput(f"{where}{error}" if names_it else f"{where[:-1]}: {error}") from None
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -27,6 +27,8 @@ from kvx.train.processes import agreed, meet
 
 PREFIX = "step-"
 NONE = -1
+"""In the place of a step: there is no checkpoint."""
+
 STANDARD = CheckpointSection()
 
 

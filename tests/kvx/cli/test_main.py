@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -45,6 +46,9 @@ def test_policies_as_json(capsys):
     assert {"name": "page", "required": False, "default": "16", "type": "int"} in json.loads(out)["parameters"]
 
 
+EVALUATION = str(Path(__file__).parents[3] / "configs" / "eval" / "smollm2_135m.toml")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -68,6 +72,10 @@ def test_policies_as_json(capsys):
         (("bench", "kernels", "--implementation", "cuda"), "unknown implementation 'cuda'"),
         (("bench", "kernels", "--out", "/proc/here/table.md"), "/proc/here' cannot be made"),
         (("heads", "smollm2-135m-instruct", "--png", "/nowhere/at/all.png"), "lies in no folder"),
+        (
+            ("eval", EVALUATION, "--set", "tasks.0.name=paskey"),
+            "tasks.0: unknown task 'paskey': did you mean",
+        ),
         (("fetch", "smollm2"), "known: gemma3-270m, smollm2-135m-instruct"),
         (("fetsch",), "fetsch"),
     ],
