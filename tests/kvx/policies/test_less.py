@@ -1,5 +1,6 @@
 """Claims about LESS (Dong et al. 2024): recurrent = parallel form, exact maps = full cache, zero maps = the host."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
@@ -161,7 +162,10 @@ class Exact(FeatureMaps):
 
 
 class Trusting(Absorb):
-    """Maps of another kind have other shapes."""
+    """Maps of another kind have other shapes, and are not trained."""
+
+    def objection(self, layers: Mapping[int, AttentionSpec]) -> str | None:
+        return None
 
     def check(self, spec: Spec) -> None:
         pass
