@@ -198,6 +198,10 @@ def _call(
         raise ValueError(f"keys has rows of {keys.width} channels, the queries have {dim}; they must be equal")
     if values.slots != keys.slots:
         raise ValueError(f"values has {values.slots} slots, keys has {keys.slots}; they must be equal")
+    for name, rows in (("keys", keys), ("values", values)):
+        allowed = tuple((batch, heads, 1, many) for many in (keys.slots, 1))
+        if isinstance(rows, Rows) and rows.scale is not None and rows.scale.shape not in allowed:
+            raise ValueError(f"{name}.scale has shape {rows.scale.shape}, allowed are {allowed[0]} and {allowed[1]}")
     for name, array in (("key_positions", slots), ("bias", bias)):
         if array is not None and array.shape != (batch, heads, keys.slots):
             raise ValueError(f"{name} has shape {array.shape}, allowed is {(batch, heads, keys.slots)}")

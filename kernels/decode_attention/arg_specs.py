@@ -54,10 +54,10 @@ def operand(kind: str, key: jax.Array, shape: tuple[int, int, int, int], group: 
     laid = (batch, heads, width, slots) if turned else shape
     if name == "int8":
         numbers = jax.random.bits(key, laid, jnp.uint8).astype(jnp.int8)
-        return Rows(numbers, jnp.full((batch, heads, slots), 1 / 64, jnp.float32), bool(turned))
+        return Rows(numbers, jnp.full((batch, heads, 1, slots), 1 / 64, jnp.float32), bool(turned))
     numbers = jax.random.normal(key, laid, jnp.float32 if name == "f32" else jnp.bfloat16)
     if name == "fp8":
-        return Rows(numbers.astype(jnp.float8_e4m3fn), jnp.full((batch, heads, 1), 0.9, jnp.float32), bool(turned))
+        return Rows(numbers.astype(jnp.float8_e4m3fn), jnp.full((batch, heads, 1, 1), 0.9, jnp.float32), bool(turned))
     return Rows(numbers, None, bool(turned))
 
 

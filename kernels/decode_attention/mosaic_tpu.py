@@ -141,9 +141,9 @@ def _inputs(call: Call, share: int, block: int) -> tuple[dict[str, Any], dict[st
         if isinstance(operand, Rows):
             put(name, operand.array, _streamed(share, block, operand.slots_last, operand.width))
             if operand.scale is not None and operand.scale.shape[-1] == operand.slots:
-                put(f"{name}_scale", operand.scale, along_last(None))
+                put(f"{name}_scale", operand.scale, along_last(1))
             elif operand.scale is not None:
-                put(f"{name}_scale", operand.scale, _whole(share, (1,)))
+                put(f"{name}_scale", operand.scale, _whole(share, (1, 1)))
         else:
             put(name, operand.words, along_last(operand.words.shape[2]))
             if isinstance(operand, ChannelCodes) and operand.groups_last:

@@ -249,7 +249,7 @@ def _floats(rows, dtype):
 
 def _scale(ref, index):
     """Scale of each slot of a head, or of the head: a row."""
-    return ref[0, pl.ds(index, 1), :]
+    return ref[0, index]
 
 
 def _visible(positions, slots, window: int | None):

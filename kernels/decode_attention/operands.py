@@ -21,12 +21,13 @@ class Rows:
         array: (B, G, C, D), or (B, G, D, C) if the slots are last: a head dim below 128 fills a TPU's lanes only so,
             otherwise XLA copies the cache into padded lanes at every call. Float, or int8 or float8_e4m3fn with a
             scale.
-        scale: of each slot, or one a head (B, G, 1), float32; None: ones.
+        scale: of each slot, or one a head (B, G, 1, 1), float32; None: ones. The axis of one is what a kernel fetches:
+            a TPU's compiler lays (B, 3, C) heads first and moves it at every call, (B, 3, 1, C) it leaves alone.
         slots_last: static.
     """
 
     array: Float[Array, "B G m n"] | Int8[Array, "B G m n"] | Float8e4m3fn[Array, "B G m n"]
-    scale: Float[Array, "B G #C"] | None = None
+    scale: Float[Array, "B G 1 #C"] | None = None
     slots_last: bool = field(default=False, metadata={"static": True})
 
     @classmethod
@@ -38,7 +39,7 @@ class Rows:
         steps = rows.astype(jnp.float32) / scale[..., None]
         steps = jnp.round(steps) if jnp.issubdtype(dtype, jnp.integer) else jnp.clip(steps, -top, top)
         array = steps.astype(dtype)
-        return cls(jnp.swapaxes(array, -1, -2) if slots_last else array, scale, slots_last)
+        return cls(jnp.swapaxes(array, -1, -2) if slots_last else array, scale[:, :, None], slots_last)
 
     @property
     def slots(self) -> int:

@@ -30,8 +30,8 @@ def whole(operand: Operand) -> Float[Array, "B G C D"]:
     """What the operand stands for, float32."""
     if not isinstance(operand, Rows):
         return jnp.swapaxes(operand.decode(), -1, -2)
-    rows = jnp.swapaxes(operand.array, -1, -2) if operand.slots_last else operand.array
-    return rows.astype(jnp.float32) if operand.scale is None else rows.astype(jnp.float32) * operand.scale[..., None]
+    rows = (jnp.swapaxes(operand.array, -1, -2) if operand.slots_last else operand.array).astype(jnp.float32)
+    return rows if operand.scale is None else rows * jnp.swapaxes(operand.scale, -1, -2)
 
 
 def _product(queries: Float[Array, "B G Q D"], keys: Float[Array, "B G C D"]) -> Float[Array, "B G Q C"]:

@@ -40,7 +40,7 @@ def _scores(call: Call) -> Float[Array, "B G Q C"]:
     subscripts = "bgqd,bgcd->bgqc" if isinstance(keys, Rows) and not keys.slots_last else "bgqd,bgdc->bgqc"
     scores = jnp.einsum(subscripts, queries, _numbers(keys, call), preferred_element_type=jnp.float32)
     if isinstance(keys, Rows) and keys.scale is not None:
-        scores = scores * keys.scale[:, :, None]
+        scores = scores * keys.scale
     return capped(call.scale * scores, call.softcap)
 
 
@@ -51,7 +51,7 @@ def _weighted(logits: Float[Array, "B G Q C"], call: Call) -> Partial:
         return partial_softmax(logits, values.array)
     weights, lse = softmax_rows(logits)
     if isinstance(values, Rows) and values.scale is not None:
-        weights = weights * values.scale[:, :, None]
+        weights = weights * values.scale
     numbers = _numbers(values, call)
     subscripts = "bgqc,bgcv->bgqv" if isinstance(values, Rows) and not values.slots_last else "bgqc,bgvc->bgqv"
     out = jnp.einsum(subscripts, weights.astype(numbers.dtype), numbers, preferred_element_type=jnp.float32)

@@ -122,13 +122,13 @@ def test_probabilities_are_the_softmax_that_the_output_is_the_mean_under(kind):
 def test_numbers_of_8_bits_are_within_half_a_step():
     rows = jax.random.normal(jax.random.key(0), (1, 2, 9, 16))
     whole = Rows.encode(rows, jnp.int8)
-    decoded = whole.array.astype(jnp.float32) * whole.scale[..., None]
-    assert (jnp.abs(decoded - rows) <= whole.scale[..., None] * 0.5001).all()
+    step = jnp.swapaxes(whole.scale, -1, -2)
+    assert (jnp.abs(whole.array.astype(jnp.float32) * step - rows) <= step * 0.5001).all()
     floating = Rows.encode(rows, jnp.float8_e4m3fn, slots_last=True)
     assert floating.width == 16 and floating.slots == 9
-    decoded = jnp.swapaxes(floating.array.astype(jnp.float32), -1, -2) * floating.scale[..., None]
+    decoded = jnp.swapaxes(floating.array.astype(jnp.float32) * floating.scale, -1, -2)
     # Three bits of mantissa: half a step is a sixteenth; below the normal numbers, half of the least step.
-    assert (jnp.abs(decoded - rows) <= jnp.abs(rows) / 16 + floating.scale[..., None] * 2.0**-10).all()
+    assert (jnp.abs(decoded - rows) <= jnp.abs(rows) / 16 + jnp.swapaxes(floating.scale, -1, -2) * 2.0**-10).all()
 
 
 REFUSED = {
@@ -148,6 +148,7 @@ REFUSED = {
         ({"key_positions": jnp.zeros((2, 2, 64), jnp.int32)}, "query_positions is None"),
         ({"values": Rows(jnp.zeros((2, 2, 32, 64)))}, "values has 32 slots"),
         ({"keys": Rows(jnp.zeros((2, 2, 64, 32)))}, "keys has rows of 32"),
+        ({"keys": Rows(jnp.zeros((2, 2, 64, 64), jnp.int8), jnp.ones((2, 2, 1, 9)))}, "keys.scale has shape (2, 2, 1, 9)"),
         ({"values": ChannelCodes.encode(jnp.zeros((2, 2, 64, 64)), 4, 32)}, "values is ChannelCodes"),
         ({"implementation": "mosaic_tpu"}, "slots_last=True"),
         ({"implementation": "mosaic_tpu", "queries": jnp.zeros((2, 2, 3, 17, 64))}, "17 tokens"),
