@@ -36,7 +36,8 @@ class Compiled:
     """What the compiler made of one call for one chip.
 
     Attributes:
-        fits: whether inputs and outputs fit the chip's memory; if not, nothing was compiled.
+        fits: whether the inputs fit the chip's memory; if not, nothing was compiled. What does not fit with outputs
+            and temporaries the compiler refuses.
         argument_bytes: inputs.
         temporary_bytes: scratch in main memory.
         scoped_bytes: on-chip memory (VMEM) that the largest kernel takes.

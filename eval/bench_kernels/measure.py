@@ -23,6 +23,7 @@ class Row:
         of_copy: achieved bandwidth as a share of a copy's on the same device.
         tuning: what the implementation was given, if not its default.
         problem: why there is no time.
+        peer: whether it is a peer, on the same dense problem.
     """
 
     operation: str
@@ -33,6 +34,7 @@ class Row:
     of_copy: float | None = None
     tuning: str | None = None
     problem: str | None = None
+    peer: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -63,7 +65,8 @@ def measure(
         del inputs
         if peers and call.spec.compares is not None:
             for peer, seconds, problem in peer_times(call.spec.compares):
-                yield Row(call.operation, call.spec.name, peer, seconds, problem=problem)
+                name = call.spec.function or call.operation
+                yield Row(name, call.spec.name, peer, seconds, problem=problem, peer=True)
 
 
 def _programs(

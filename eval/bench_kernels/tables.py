@@ -8,19 +8,32 @@ from kvx.eval.bench_kernels.numerics import Checked
 
 
 def timed(rows: Iterable[Row]) -> str:
-    """Times, bandwidths and ratios; an empty cell where there is no figure."""
+    """Times, bandwidths and ratios; an empty cell where there is no figure.
+
+    "Of a peer's time" is a row's time over that of the fastest peer on the same call.
+    """
+    rows = list(rows)
     lines = [
-        "| operation | shape | implementation | time, us | must move, MiB | GB/s | of a copy |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| operation | shape | implementation | time, us | must move, MiB | GB/s | of a copy | of a peer's time |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
+    fastest: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row.peer and row.seconds is not None:
+            call = row.operation, row.name
+            fastest[call] = min(row.seconds, fastest.get(call, row.seconds))
     for row in rows:
         time = "" if row.seconds is None else f"{1e6 * row.seconds:.1f}"
         moved = "" if row.moved is None else f"{row.moved / 2**20:.1f}"
         speed = "" if row.moved is None or row.seconds is None else f"{row.moved / row.seconds / 1e9:.0f}"
         share = "" if row.of_copy is None else f"{row.of_copy:.2f}"
+        peer = fastest.get((row.operation, row.name))
+        ratio = "" if peer is None or row.seconds is None else f"{row.seconds / peer:.2f}"
         label = row.implementation + (f" {row.tuning}" if row.tuning else "")
         note = f" ({row.problem})" if row.problem else ""
-        lines.append(f"| {row.operation} | {row.name} | {label}{note} | {time} | {moved} | {speed} | {share} |")
+        lines.append(
+            f"| {row.operation} | {row.name} | {label}{note} | {time} | {moved} | {speed} | {share} | {ratio} |"
+        )
     return "\n".join(lines) + "\n"
 
 

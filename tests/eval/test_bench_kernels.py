@@ -11,7 +11,8 @@ from kvx.errors import BadInput
 from kvx.eval.bench_kernels import tables
 from kvx.eval.bench_kernels.ahead_of_time import SMALL, Compiled, _moves
 from kvx.eval.bench_kernels.calls import Call, calls, operations
-from kvx.eval.bench_kernels.measure import measure
+from kvx.eval.bench_kernels.dense_peers import peer_times
+from kvx.eval.bench_kernels.measure import Row, measure
 from kvx.eval.bench_kernels.numerics import check, error
 from kvx.kernels.arg_spec import ArgSpec
 
@@ -58,6 +59,36 @@ def test_a_call_that_fails_is_a_row_without_a_time_and_the_next_is_measured():
     rows = list(measure([Call("hadamard", fails, CALL.spec), CALL], 1e9, chosen=("xla",)))
     assert rows[0].seconds is None and "no room" in (rows[0].problem or "")
     assert rows[1].seconds and rows[1].moved == 256 and rows[1].of_copy == pytest.approx(256 / rows[1].seconds / 1e9)
+
+
+def test_a_peer_that_cannot_run_says_why_and_the_others_are_asked():
+    problem = {"B": 1, "H": 2, "G": 1, "T": 1, "S": 128, "D": 64, "causal": False}
+    found = list(peer_times(problem))
+    assert [name for name, _, _ in found] == ["cuDNN", "PyTorch SDPA", "PyTorch flex_attention"]
+    assert all((seconds is None) != (reason is None) for _, seconds, reason in found)
+    if jax.default_backend() != "gpu":
+        assert all(reason for _, _, reason in found)
+
+
+def test_a_peers_row_is_named_as_its_calls_rows_are():
+    """The ratio is looked up by that name, which may be a function's of the operation's package."""
+    problem = {"B": 1, "H": 2, "G": 1, "T": 1, "S": 128, "D": 64, "causal": False}
+    call = Call("hadamard", function, replace(CALL.spec, function="other", compares=problem))
+    rows = list(measure([call], 1e9, chosen=("xla",), peers=True))
+    assert {row.operation for row in rows} == {"other"}
+    assert [row.peer for row in rows] == [False, True, True, True]
+
+
+def test_a_time_is_shown_beside_the_fastest_peers_on_the_same_call():
+    rows = [
+        Row("decode", "small", "triton", 3e-6, moved=64, of_copy=0.5),
+        Row("decode", "small", "slow peer", 6e-6, peer=True),
+        Row("decode", "small", "fast peer", 2e-6, peer=True),
+        Row("decode", "small", "no peer", None, problem="not here", peer=True),
+        Row("decode", "large", "triton", 3e-6),
+    ]
+    ratios = [line.split("|")[-2].strip() for line in tables.timed(rows).splitlines()[2:]]
+    assert ratios == ["1.50", "3.00", "1.00", "", ""]
 
 
 def test_a_moved_cache_a_temporary_and_a_refusal_are_not_good():
