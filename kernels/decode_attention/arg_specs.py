@@ -160,17 +160,34 @@ NUMERIC = (
     _numeric("int4 wide", "int4", (1, 2, 2, 512, 256), group=128, masked="both", bias=True, tolerance=CODED),
     _numeric("int4 tail", "int4", (2, 2, 4, 512, 128), masked="positions", tail=129, tolerance=CODED),
     _numeric("int2 tail", "int2", (1, 1, 3, 640, 64), group=32, length=3, masked="both", tail=33, tolerance=CODED),
+    _numeric(
+        "f32 probabilities",
+        "f32",
+        (2, 2, 3, 300, 64),
+        masked="both",
+        length=2,
+        bias=True,
+        tail=9,
+        dtype=jnp.float32,
+        options={"probabilities": True},
+        tolerance=EXACT,
+    ),
+    _numeric(
+        "int4 probabilities", "int4", (1, 2, 3, 512, 64), tail=17, options={"probabilities": True}, tolerance=CODED
+    ),
+    _numeric("bf16 prefix of 8 rows", "bf16", (1, 2, 24, 600, 128), masked="positions", tolerance=ROUNDED),
     _numeric("int4 by slot", "int4", (2, 2, 4, 300, 128), masked="positions", keys_of="slots", tolerance=CODED),
 )
-"""Empty heads and heads of one token, head dims 64 to 256, 1 to 8 query heads a group, one KV head, T up to 4."""
+"""Empty heads and heads of one token, head dims 64 to 256, 1 to 24 query heads a group, one KV head, T up to 4."""
 
 
-def _model(model: str, batch: int, slots: int, kind: str, note: str = "", **more: Any) -> ArgSpec:
+def _model(model: str, batch: int, slots: int, kind: str, note: str = "", sharing: int = 1, **more: Any) -> ArgSpec:
+    """A model's call; sharing: rows that read one prefix as so many more query heads (`shared_prefix_attention`)."""
     heads, kv_heads, width = MODELS[model]
     options = {"scale": width**-0.5} | more.pop("options", {})
     # Head dims below a TPU's 128 lanes lie slots last.
     laid = f"{kind} turned" if width < 128 and kind in ("bf16", "int8", "fp8") else kind
-    shape = (batch, kv_heads, heads // kv_heads, slots, width)
+    shape = (batch, kv_heads, sharing * heads // kv_heads, slots, width)
     compares = None
     if kind == "bf16" and not note:
         compares = {"B": batch, "H": heads, "G": kv_heads, "T": 1, "S": slots, "D": width, "causal": False}
@@ -195,6 +212,11 @@ AOT = (
     _model("llama-3-8b", 8, 32768, "bf16", " run of 8", masked="positions", length=8),
     _model("llama-3-8b", 8, 4096, "bf16", " probabilities", masked="both", bias=True, options={"probabilities": True}),
     _model("gemma-3-4b", 8, 32768, "bf16", " window", masked="positions", options={"window": 1024}),
+    *(
+        _model(model, 1, 32768, "bf16", f" prefix of {rows} rows", rows, masked="positions")
+        for model in ("llama-3-8b", "llama-3.2-1b")
+        for rows in (8, 64)
+    ),
 )
 
 CI = tuple(spec for spec in AOT if spec.name in ("llama-3.2-1b b8 4096 bf16", "llama-3-8b b8 4096 int2 tail"))

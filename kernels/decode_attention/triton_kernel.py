@@ -98,7 +98,8 @@ def kernel(refs: dict[str, Any], outs: dict[str, Any], *, call: Facts) -> None:
         scores = jnp.where(_seen(spots, places, inside, call.window, scores.shape), scores, -jnp.inf)
         if "logits" in outs:
             shown = real[:, None] & (jnp.full((1, block), True) if inside is None else inside[None, :])
-            plgpu.store(outs["logits"].at[row, pl.ds(start, block)], scores, mask=shown)
+            target = outs["logits"].at[across(row[:, None], scores.shape), across(slot[None, :], scores.shape)]
+            plgpu.store(target, scores, mask=across(shown, scores.shape))
         weigh = _scale(refs["values_scale"], start, block, there) if "values_scale" in refs else None
         values = tiles("values", refs, call.values, start, block, there, call.dtype, call.packed)
         return _step(state, scores, weigh, values, call)

@@ -46,6 +46,7 @@ SIZES = tuple((batch, slots) for batch in (1, 8, 64) for slots in (4096, 32768))
 AOT = (
     *(_cache("llama-3-8b", 8, 128, *size) for size in SIZES),
     *(_cache("llama-3.2-1b", 8, 64, *size) for size in SIZES),
+    *(_cache("gemma-3-4b", 4, 256, *size) for size in SIZES),
 )
 
 CI = (_cache("llama-3-8b", 8, 128, 8, 4096), _cache("llama-3.2-1b", 8, 64, 8, 4096))

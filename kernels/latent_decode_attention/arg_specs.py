@@ -131,6 +131,7 @@ NUMERIC = (
     _spec("deepseek-lite", 16, 512, 64, 3, 640, run=128, slots_last=True, bias=True),
     _spec("converted", 32, 64, 32, 2, 384, dtype=FLOAT, run=32, slots_last=True, places="holes"),
     _spec("converted", 32, 64, 32, 2, 384, dtype=FLOAT, run=64, length=4),
+    _spec("converted", 9, 16, 32, 3, 256, run=16, slots_last=True, length=2, bias=True),
 )
 
 MODELS = (("deepseek-v3", 128, 512, 64), ("deepseek-v2-lite", 16, 512, 64))
@@ -141,6 +142,7 @@ AOT = (
     *(_spec(*model, *size, slots_last=True) for model in (*MODELS, *CONVERTED) for size in SIZES),
     *(_spec(*model, *size, run=128, slots_last=True) for model in MODELS for size in SIZES),
     *(_spec(*CONVERTED[1], *size, run=64, slots_last=True) for size in SIZES),
+    *(_spec(*CONVERTED[0], *size, run=16, slots_last=True) for size in SIZES),
 )
 
 CI = (_spec(*MODELS[0], 8, 32768, slots_last=True), _spec(*MODELS[1], 8, 4096, run=128, slots_last=True))

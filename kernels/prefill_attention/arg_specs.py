@@ -21,8 +21,9 @@ EXACT, ROUNDED = 3e-5, 1e-2
 EVERY = (
     *(SUM, SQUARE, MAX, Column(power=2, pooled=True), Column(near=0.3), Column(reduce="max", pooled=True)),
     *(Column(last=0.2, rise=1.2), Column(power=2, reduce="max", last=0.4, rise=2.0)),
+    Column(power=2, reduce="max", pooled=True, near=0.6, last=0.7, rise=1.5),
 )
-"""Every kind of statistic."""
+"""Every kind of statistic: each field departs from its default, and every two of them in one statistic."""
 
 
 def _build(
@@ -35,8 +36,9 @@ def _build(
     past: int,
     dim: int,
     dtype: Any,
-    ragged: bool,
-    documents: int,
+    ragged: bool = False,
+    documents: int = 0,
+    value_dim: int | None = None,
 ) -> dict[str, Any]:
     """Inputs.
 
@@ -44,6 +46,7 @@ def _build(
         past: earlier keys, a fifth of their slots empty, another fifth for each head.
         ragged: rows of different lengths, the first full, the last a single token (nothing, of four rows or more).
         documents: labels of so many documents, behind a shared prefix; 0: none.
+        value_dim: None: as wide as the keys.
     """
     keys = iter(jax.random.split(key, 6))
     shape = (batch, kv_heads, past + length, dim)
@@ -59,7 +62,7 @@ def _build(
     found: dict[str, Any] = {
         "queries": jax.random.normal(next(keys), (batch, kv_heads, group, length, dim), dtype),
         "keys": jax.random.normal(next(keys), shape, dtype),
-        "values": jax.random.normal(next(keys), shape, dtype),
+        "values": jax.random.normal(next(keys), (*shape[:3], value_dim or dim), dtype),
         "query_positions": new,
         "key_positions": jnp.concatenate([old, spread], axis=-1),
         "lengths": past + lengths,
@@ -75,7 +78,7 @@ def _build(
 def small(name: str, shape: tuple[int, int, int, int, int, int], dtype: Any, **more: Any) -> ArgSpec:
     """A shape (batch, KV heads, group, length, past, head dim)."""
     batch, kv_heads, group, length, past, dim = shape
-    inputs = {"ragged": more.pop("ragged", False), "documents": more.pop("documents", 0)}
+    inputs = {name: more.pop(name) for name in ("ragged", "documents", "value_dim") if name in more}
     build = partial(
         _build, batch=batch, kv_heads=kv_heads, group=group, length=length, past=past, dim=dim, dtype=dtype, **inputs
     )
@@ -112,11 +115,22 @@ MODELS: Mapping[str, tuple[int, int, int, dict[str, Any]]] = {
 """KV heads, query heads for each, head dim, masking."""
 
 
-def _model(model: str, batch: int, length: int, columns: tuple[Column, ...], kind: str) -> ArgSpec:
+STATISTICS = (
+    ("pooled squares", (Column(power=2, pooled=True),)),
+    ("near", (Column(near=0.3),)),
+    ("last", (Column(last=0.2, rise=1.2),)),
+    ("every statistic", EVERY),
+)
+"""What policies ask for beside a mass: `kvx.parts` knows them as scores, profiles and thinning."""
+
+
+def _model(
+    model: str, batch: int, length: int, columns: tuple[Column, ...], kind: str, past: int = 0, documents: int = 0
+) -> ArgSpec:
     kv_heads, group, dim, masking = MODELS[model]
     build = partial(
-        _build, batch=batch, kv_heads=kv_heads, group=group, length=length, past=0, dim=dim, dtype=jnp.bfloat16,
-        ragged=False, documents=0,
+        _build, batch=batch, kv_heads=kv_heads, group=group, length=length, past=past, dim=dim, dtype=jnp.bfloat16,
+        documents=documents,
     )  # fmt: skip
     # What dense attention of others can be asked, the statistics apart.
     compares = {"B": batch, "H": kv_heads * group, "G": kv_heads, "T": length, "S": length, "D": dim, "causal": True}
@@ -125,15 +139,26 @@ def _model(model: str, batch: int, length: int, columns: tuple[Column, ...], kin
         build,
         {"scale": float(np.float32(dim**-0.5)), "columns": columns, **masking},
         ROUNDED,
-        compares=None if masking else compares,
+        compares=None if masking or past or documents else compares,
     )
 
 
-AOT = tuple(
-    _model(model, batch, length, columns, kind)
-    for model in MODELS
-    for batch, length in ((1, 4096), (8, 4096), (1, 32768), (8, 32768))
-    for kind, columns in (("plain", ()), ("mass", (SUM,)))
+AOT = (
+    *(
+        _model(model, batch, length, columns, kind)
+        for model in MODELS
+        for batch, length in ((1, 4096), (8, 4096), (1, 32768), (8, 32768))
+        for kind, columns in (("plain", ()), ("mass", (SUM,)))
+    ),
+    *(
+        spec
+        for model in ("llama-3-8b", "gemma-3-4b local", "smollm2-135m")
+        for spec in (
+            *(_model(model, 8, 4096, columns, kind) for kind, columns in STATISTICS),
+            _model(model, 8, 4096, (SUM,), "mass of documents", documents=7),
+            _model(model, 1, 4096, (SUM,), "mass after 28672 slots", past=28672),
+        )
+    ),
 )
 
 CI = tuple(spec for spec in AOT if spec.name in ("llama-3-8b b1 4096 mass", "smollm2-135m b1 32768 mass"))

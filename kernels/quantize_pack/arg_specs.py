@@ -1,4 +1,4 @@
-"""Shapes of quantizing and packing, and back: small ones of every width, and Llama-3-8B's caches.
+"""Shapes of quantizing and packing, and back: small ones of every width, and caches of heads of 64, 128 and 256.
 
 Tolerances: codes are compared as words, of which a share may differ: a division that is rounded otherwise flips a code
 that lay on the edge between two, at odds of about 2^-20 a code. Rows are computed in float32 from the same words; in
@@ -59,17 +59,30 @@ NUMERIC = (
     *_both("small", 1, 2, 256, 64, bits=3, group=32, dtype=jnp.float32, slots_last=True),
     *_both("small", 1, 2, 192, 128, bits=4, group=64),
     *_both("small", 1, 2, 128, 64, bits=8, group=64, slots_last=True),
+    *_both("small", 1, 1, 512, 64, bits=2, group=32, slots_last=True),
+    *_both("small", 1, 2, 128, 64, bits=4, group=64, slots_last=True),
+    *_both("small", 1, 1, 256, 256, bits=2, group=64),
+    *_both("small", 1, 2, 128, 128, bits=8, group=128),
     *_pair("ragged", 1, 1, 150, 128, bits=4, group=128, along="channels", dtype=jnp.float32),
 )
 
 SIZES = tuple((batch, slots) for batch in (1, 8, 64) for slots in (4096, 32768))
 
 # 3 bits of 128 channels are 12 words a slot, no whole tile of a TPU: there XLA packs them.
-AOT = tuple(
-    spec
-    for bits, group in ((2, 32), (2, 64), (4, 64), (8, 128))
-    for batch, slots in SIZES
-    for spec in _both(f"llama-3-8b b{batch} {slots}", batch, 8, slots, 128, bits=bits, group=group)
+AOT = (
+    *(
+        spec
+        for bits, group in ((2, 32), (2, 64), (4, 64), (8, 128))
+        for batch, slots in SIZES
+        for spec in _both(f"llama-3-8b b{batch} {slots}", batch, 8, slots, 128, bits=bits, group=group)
+    ),
+    *(
+        spec
+        for bits, group in ((2, 32), (4, 64), (8, 64))
+        for name, kv_heads, dim in (("llama-3.2-1b", 8, 64), ("gemma-3-4b", 4, 256))
+        for spec in _both(f"{name} b8 32768", 8, kv_heads, 32768, dim, bits=bits, group=group, slots_last=dim < 128)
+    ),
 )
+"""Heads of 64 have their slots last, as on a TPU they must."""
 
 CI = _both("llama-3-8b b8 4096", 8, 8, 4096, 128, bits=4, group=64)

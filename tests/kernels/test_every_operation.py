@@ -4,6 +4,7 @@ What an operation is beyond that is claimed in a file of its own.
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from kvx.eval.bench_kernels.calls import Call, calls, implementations, operation
 from kvx.eval.bench_kernels.numerics import error
 from kvx.kernels.arg_spec import CHIPS, ArgSpec
 from kvx.kernels.decode_attention import decode_attention, mosaic_tpu
-from kvx.kernels.decode_attention.arg_specs import build
+from kvx.kernels.decode_attention.arg_specs import ROUNDED, build
 from kvx.kernels.prefill_attention import mosaic_tpu as prefill_tpu
 from kvx.kernels.prefill_attention import prefill_attention
 from kvx.kernels.prefill_attention.arg_specs import small
@@ -29,20 +30,42 @@ SMALLEST = [
 ]
 
 # Interpreters take a second for a few blocks; of these two operations the list's shapes would take minutes.
-DECODE = {
-    "rows": build("f32", (2, 2, 3, 200, 128), masked="both", dtype=jnp.float32),
-    "turned": build("f32 turned", (1, 8, 1, 256, 64), masked="both", dtype=jnp.float32, length=3, bias=True, tail=9),
-    "int8": build("int8", (1, 1, 8, 160, 128), dtype=jnp.float32),
-    "fp8": build("fp8", (1, 1, 2, 128, 128), dtype=jnp.float32, masked="positions"),
-    "int4": build("int4", (2, 1, 3, 512, 64), dtype=jnp.float32, masked="both", tail=17, group=32),
-    "int4 and ranges turned": build("int4", (1, 3, 2, 32 * 192, 64), masked="lengths", dtype=jnp.float32, group=32),
-    "int2": build("int2", (1, 2, 2, 512, 128), dtype=jnp.float32),
-    "uint8": build("uint8", (1, 1, 2, 256, 64), dtype=jnp.float32, group=32, masked="positions"),
-    "by slot": build("int4", (1, 1, 2, 256, 64), dtype=jnp.float32, group=32, masked="positions", keys_of="slots"),
-}
 
 
-def prefill(unit: int, dim: int) -> tuple[Call, ...]:
+def decode(name: str, kind: str, shape: tuple[int, ...], options: dict[str, Any] | None = None, **more: Any) -> Call:
+    """In float32 off by sums of up to 512 terms, and by codes' scales that meet other factors than the reference's."""
+    tolerance = ROUNDED if "dtype" in more else 5e-5
+    spec = ArgSpec(
+        name, build(kind, shape, **{"dtype": jnp.float32} | more), {"scale": 0.1} | (options or {}), tolerance
+    )
+    return Call("decode_attention", decode_attention, spec)
+
+
+DECODE = (
+    decode("rows", "f32", (2, 2, 3, 200, 128), masked="both"),
+    decode("turned", "f32 turned", (1, 8, 1, 256, 64), masked="both", length=3, bias=True, tail=9),
+    decode("int8", "int8", (1, 1, 8, 160, 128)),
+    decode("int8 turned", "int8 turned", (1, 3, 2, 256, 64), masked="both", dtype=jnp.bfloat16),
+    decode("fp8", "fp8", (1, 1, 2, 128, 128), masked="positions"),
+    decode("fp8 turned", "fp8 turned", (2, 2, 2, 256, 64)),
+    decode("int4", "int4", (2, 1, 3, 512, 64), masked="both", tail=17, group=32),
+    decode("int4 and ranges turned", "int4", (1, 3, 2, 32 * 192, 64), masked="lengths", group=32),
+    decode("int2", "int2", (1, 2, 2, 512, 128)),
+    decode("uint8", "uint8", (1, 1, 2, 256, 64), group=32, masked="positions"),
+    decode("by slot", "int4", (1, 1, 2, 256, 64), group=32, masked="positions", keys_of="slots"),
+    decode(
+        "window and cap, D 256", "bf16", (1, 2, 2, 256, 256), {"window": 100, "softcap": 2.0}, masked="positions",
+        length=2, dtype=jnp.bfloat16,
+    ),
+    decode(
+        "probabilities", "f32 turned", (1, 8, 2, 256, 64), {"probabilities": True}, masked="both", length=2, bias=True,
+        tail=9,
+    ),
+    decode("probabilities of codes", "int4", (2, 2, 2, 512, 64), {"probabilities": True}, tail=17),
+)  # fmt: skip
+
+
+def prefill(unit: int, dim: int, dtype: Any = jnp.float32, **more: Any) -> tuple[Call, ...]:
     """Every kind of mask in two or three blocks of `unit` tokens."""
     kinds = (
         ("causal", (1, 2, 3, 0), {"ragged": True}),
@@ -50,25 +73,29 @@ def prefill(unit: int, dim: int) -> tuple[Call, ...]:
         ("documents after past slots", (2, 1, 3, 1), {"documents": 2, "ragged": True}),
     )
     return tuple(
-        Call("prefill_attention", prefill_attention, small(name, shape, jnp.float32, **more))
-        for name, (batch, group, length, past), more in kinds
+        Call("prefill_attention", prefill_attention, small(f"{name} d{dim}", shape, dtype, **masks, **more))
+        for name, (batch, group, length, past), masks in kinds
         for shape in [(batch, 2, group, length * unit, past * unit // 2, dim)]
     )
 
 
+# What a TPU does not take: latents whose channels would be padded to its lanes, slots that are not whole tiles.
+NOT_A_TPUS = {"latent_decode_attention": ("slots_last", False), "sparse_decode_attention": ("page", 1)}
+LEFT_OUT = [call for call in NUMERIC if NOT_A_TPUS.get(call.operation) in call.spec.options.items()]
+
+
 def by_tpu_interpreter() -> list:
     """Calls, and tunings that cut them into several blocks."""
-    # Sums of up to 512 terms, codes' scales applied to other factors than the reference's.
-    specs = [ArgSpec(name, arrays, {"scale": 0.1}, 5e-5) for name, arrays in DECODE.items()]
-    found = [(Call("decode_attention", decode_attention, spec), mosaic_tpu.Tuning(128)) for spec in specs]
-    found += [(call, prefill_tpu.Tuning(128, 128)) for call in prefill(64, 64)]
-    for call in NUMERIC:
-        own = call.operation in ("decode_attention", "prefill_attention")
-        # On a TPU the slots of latents are last, and pages are whole tiles.
-        options = {"slots_last": True, "page": 8} | dict(call.spec.options)
-        taken = options["slots_last"] and options["page"] > 1
-        if taken and not own and "mosaic_tpu" in implementations(call.operation):
-            found.append((call, None))
+    found: list = [(call, mosaic_tpu.Tuning(128)) for call in DECODE]
+    # Head dims below, at and above the lanes; the latter two are never turned, values beside wider keys may be.
+    wide = (*prefill(64, 128, jnp.bfloat16), prefill(64, 256)[1], prefill(64, 192, value_dim=128)[2])
+    found += [(call, prefill_tpu.Tuning(128, 128)) for call in (*prefill(64, 64), *wide)]
+    own = ("decode_attention", "prefill_attention")
+    found += [
+        (call, None)
+        for call in NUMERIC
+        if call.operation not in own and call not in LEFT_OUT and "mosaic_tpu" in implementations(call.operation)
+    ]
     return [pytest.param(*each, id=str(each[0])) for each in found]
 
 
@@ -119,6 +146,13 @@ def test_xla_is_the_reference(call):
 def test_the_tpu_kernel_interpreted_is_the_reference(call, tuning):
     with interpreted_without_races():
         assert error(call, "mosaic_tpu", tuning=tuning) <= call.spec.tolerance
+
+
+@pytest.mark.parametrize("call", LEFT_OUT, ids=str)
+def test_what_a_tpu_does_not_take_is_refused(call):
+    function, shapes = call.bound("mosaic_tpu")
+    with pytest.raises(ValueError, match=r"slots_last|page"):
+        jax.eval_shape(function, shapes)
 
 
 @on_gpus

@@ -1,5 +1,7 @@
 """The derivative of prefill attention: every implementation's against JAX's own of the plain form, merging included."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ from kvx.kernels.prefill_attention import prefill_attention
 from kvx.kernels.prefill_attention.arg_specs import NUMERIC
 from kvx.kernels.prefill_attention.columns import SUM
 from kvx.kernels.prefill_attention.triton import Pass, Tuning
+from tests.kernels.interpreting import interpreted_without_races
 
 TRITON = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Triton kernels need jax 0.11")
-IMPLEMENTATIONS = ["xla", pytest.param("triton", marks=TRITON)]
+IMPLEMENTATIONS = ["xla", pytest.param("triton", marks=TRITON), pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
 MASKS = {
     "causal": {},
     "window and cap": {"window": 9, "softcap": 2.0},
@@ -20,6 +23,11 @@ MASKS = {
     "past": {"past": 24},
     "ragged": {"lengths": [40, 13]},
 }
+
+
+def running(implementation):
+    """Where an implementation runs: a TPU's kernels in their interpreter."""
+    return interpreted_without_races() if implementation == "mosaic_tpu" else nullcontext()
 
 
 def tuned(implementation):
@@ -30,7 +38,7 @@ def tuned(implementation):
     return {"implementation": implementation, "tuning": Tuning(small, small, small, interpret=True)}
 
 
-def problem(lengths=(40, 40), past=0, documents=False, width=16, seed=0):
+def problem(lengths=(40, 40), past=0, documents=False, width=64, seed=0):
     """Queries, keys and values; and the arguments that say who sees whom."""
     random = np.random.default_rng(seed)
     batch, length = len(lengths), max(lengths)
@@ -73,7 +81,8 @@ def test_gradients_of_output_and_log_sum_exp_are_those_of_the_plain_form(impleme
         return smooth(out, lse)
 
     wanted = jax.grad(loss)(arrays, implementation="reference")
-    close(jax.grad(loss)(arrays, **tuned(implementation)), wanted)
+    with running(implementation):
+        close(jax.grad(loss)(arrays, **tuned(implementation)), wanted)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -85,10 +94,9 @@ def test_gradients_of_one_result_alone(implementation, part):
     def loss(arrays, **named):
         return jnp.sum(jnp.sin(prefill_attention(*arrays, **where, scale=0.3, **named)[part]))
 
-    close(
-        jax.grad(loss)(arrays, **tuned(implementation)),
-        jax.grad(loss)(arrays, implementation="reference"),
-    )
+    wanted = jax.grad(loss)(arrays, implementation="reference")
+    with running(implementation):
+        close(jax.grad(loss)(arrays, **tuned(implementation)), wanted)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -113,7 +121,8 @@ def test_gradients_through_a_merge_are_those_of_attention_over_all_keys(implemen
         return jnp.sum(jnp.sin(part(arrays, True, implementation="reference").out))
 
     arrays = (queries, keys, values)
-    close(jax.grad(merged)(arrays), jax.grad(whole)(arrays))
+    with running(implementation):
+        close(jax.grad(merged)(arrays), jax.grad(whole)(arrays))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
