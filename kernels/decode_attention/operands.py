@@ -3,17 +3,17 @@
 Low-bit codes are `kvx.kernels.quantize_pack.coded`; a plain array stands for `Rows` of it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn, Int, Int8
 
+from kvx.kernels.pytree import pytree
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Rows:
     """A row of D numbers for each of C slots: array * scale.
 
@@ -56,8 +56,7 @@ Operand = Rows | ChannelCodes | TokenCodes
 """Keys or values by slot."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Tail:
     """Tokens at full precision that are read in the same softmax, such as those that are not yet coded.
 

@@ -5,12 +5,20 @@ that it holds, and only outputs and log-sum-exps travel: no cache is ever gather
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kvx.kernels.merge_partials import Partial, merge_across
+
+OF_NO_SLOT = ("queries", "query_positions")
+"""Arguments that every device may have all of, since no slot is told by them."""
+
+OF_ALL_SLOTS = ("starts", "lengths", "tail")
+"""... and those that are told of the slots of all devices together: each takes what is its own."""
 
 
 def sharded_attention(
@@ -36,16 +44,17 @@ def sharded_attention(
         mesh: its axes are those that `specs` name; they are treated as automatic, so that inputs may lie anyhow.
         specs: how each argument lies on the mesh, by name: a `PartitionSpec`, or a pytree of them for a pytree; absent:
             every device has all of it. See `slot_specs` and `latent_specs`.
-        slots: mesh axis that the slots are split over. Then every slot must carry its position (`key_positions`), since
-            a device does not know which slots it holds.
+        slots: mesh axis that the slots are split over, equally and in order. Then every slot must carry its position
+            (`key_positions`), and what is told by slot must lie so. `starts` and `lengths` count the slots of all
+            devices; a `tail` that lies whole is read by the first of them. What chooses slots by index (`table`,
+            `chosen`) is refused.
         out: how the leading axes of the output (and of its log-sum-exp) lie; it never names the axis of the slots.
             None: every device has all of it.
 
     Raises:
         ValueError: at the call, if an axis of an array is no multiple of the devices it is split over, or if slots are
-            split and have no positions.
+            split and have no positions, or something that is told by slot is not split with them.
     """
-
     automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
     def attend(**arrays: Any) -> Partial:
@@ -54,10 +63,17 @@ def sharded_attention(
         placed = {
             name: _leaf_specs(name, array, specs.get(name, PartitionSpec()), mesh) for name, array in arrays.items()
         }
+        split = {name for name, spec in placed.items() if slots is not None and _names_alone(spec, slots)}
+        for name in arrays:
+            if slots is not None and arrays[name] is not None and name not in {*split, *OF_NO_SLOT, *OF_ALL_SLOTS}:
+                allowed = f"with slots split over {slots!r}: a spec with {slots!r} alone along one axis"
+                raise ValueError(f"{name} lies as {specs.get(name, PartitionSpec())}, allowed {allowed}")
 
         def local(parts: dict[str, Any]) -> Partial:
-            part = attention(**parts)
-            return part if slots is None else merge_across(part, slots)
+            if slots is None:
+                return attention(**parts)
+            whole = {name: part for name, part in parts.items() if name in OF_ALL_SLOTS and name not in split}
+            return merge_across(attention(**parts | _own(whole, parts["key_positions"].shape[-1], slots)), slots)
 
         whole = PartitionSpec()
         # Kernels do not say along which mesh axes their outputs vary, so this cannot be checked.
@@ -70,10 +86,14 @@ def sharded_attention(
 
 
 def slot_specs(*, heads: str | None = None, slots: str | None = None, rows: str | None = None) -> dict[str, Any]:
-    """Specs of queries (B, G, R, T, D), positions and dense caches (B, G, C, D) by the mesh axes of G, C and B."""
+    """Specs of `decode_attention`'s arguments by the mesh axes of G, C and B; keys and values are (B, G, C, D) here.
+
+    A tail lies whole along the slots' axis. Operands of other layouts take a spec of their own, such as for
+    `ChannelCodes` `jax.tree.unflatten(jax.tree.structure(keys), [words, ranges])`.
+    """
     by_slot = PartitionSpec(rows, heads, slots)
     return {
-        "queries": PartitionSpec(rows, heads),
+        **dict.fromkeys(("queries", "lengths", "tail"), PartitionSpec(rows, heads)),
         "query_positions": PartitionSpec(rows),
         **dict.fromkeys(("keys", "values", "key_positions", "bias"), by_slot),
     }
@@ -89,6 +109,25 @@ def latent_specs(
         "rows": PartitionSpec(rows, None, slots) if slots_last else PartitionSpec(rows, slots),
         **dict.fromkeys(("key_positions", "bias"), PartitionSpec(rows, slots)),
     }
+
+
+def _own(whole: dict[str, Any], count: int, axis: str) -> dict[str, Any]:
+    """A device's part of what is told of all slots, of which it holds the next `count`; inside `jax.shard_map`."""
+    device, own = jax.lax.axis_index(axis), {}
+    if whole.get("lengths") is not None:
+        starts = whole.get("starts", 0)
+        begin, end = (jnp.clip(at - device * count, 0, count) for at in (starts, starts + whole["lengths"]))
+        own = {"lengths": end - begin} | ({"starts": begin} if "starts" in whole else {})
+    if whole.get("tail") is not None:
+        tail = whole["tail"]
+        own["tail"] = replace(tail, positions=jnp.where(device == 0, tail.positions, -1))
+    return own
+
+
+def _names_alone(specs: Any, axis: str) -> bool:
+    """Whether all arrays of an argument have an axis of their own along this one."""
+    leaves = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    return bool(leaves) and all(any(names in (axis, (axis,)) for names in spec) for spec in leaves)
 
 
 def _leaf_specs(name: str, tree: Any, spec: Any, mesh: Mesh) -> Any:

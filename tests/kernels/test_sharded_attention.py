@@ -12,8 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvx.kernels.arg_spec import CHIPS
 from kvx.kernels.decode_attention import decode_attention
+from kvx.kernels.decode_attention.operands import Tail
 from kvx.kernels.latent_decode_attention import latent_decode_attention
 from kvx.kernels.merge_partials import Partial, merge_axis, merge_partials
+from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
+from kvx.kernels.ragged_decode_attention import ragged_decode_attention
 from kvx.kernels.sharded_attention import latent_specs, sharded_attention, slot_specs
 
 
@@ -56,6 +59,46 @@ def test_heads_and_slots_over_a_mesh_give_one_devices_attention(heads, slots):
     many = sharded_attention(
         attend, mesh(), slot_specs(heads=heads, slots=slots), slots=slots, out=PartitionSpec(None, heads)
     )
+    assert_same(attend(**arrays), jax.jit(lambda arrays: many(**arrays))(arrays))
+
+
+@pytest.mark.parametrize("heads", [None, "tensor"])
+def test_a_packed_cache_split_over_its_slots(heads):
+    """Its tail counts once, and lengths count the slots of all devices: some have none of a row."""
+    arrays, slots = dense_operands(slots=64), PartitionSpec(None, heads, None, "context")
+    arrays |= {
+        "keys": ChannelCodes.encode(arrays["keys"], 4, 8),
+        "values": TokenCodes.encode(arrays["values"], 4, 8),
+        "key_positions": jnp.where(jnp.arange(64) % 5 == 1, -1, jnp.arange(64)) + jnp.zeros((3, 2, 1), jnp.int32),
+        "lengths": jnp.asarray([[64, 40], [7, 0], [33, 16]], jnp.int32),
+        "tail": Tail(
+            normal(3, 3, 2, 5, 16), normal(4, 3, 2, 5, 16), jnp.asarray([[[64, 65, -1, 66, 67]] * 2] * 3, jnp.int32)
+        ),
+    }
+    arrays["query_positions"] = jnp.asarray([[66, 67]] * 3, jnp.int32)
+    attend, specs = partial(decode_attention, scale=0.25, window=50), slot_specs(heads=heads, slots="context")
+    # Ranges of channels have their groups of slots where numbers have their slots.
+    specs["keys"] = jax.tree.unflatten(jax.tree.structure(arrays["keys"]), [slots, specs["keys"]])
+    specs["values"] = slots
+    many = sharded_attention(attend, mesh(), specs, slots="context", out=PartitionSpec(None, heads))
+    assert_same(attend(**arrays), jax.jit(lambda arrays: many(**arrays))(arrays))
+
+
+@pytest.mark.parametrize("heads", [None, "tensor"])
+def test_runs_that_go_over_the_devices_slots(heads):
+    """Each device reads its part of every head's run; some have none of it."""
+    arrays = dense_operands()
+    arrays |= {name: arrays[name][:, 0] for name in ("keys", "values", "key_positions")}
+    arrays["key_positions"] = jnp.where(jnp.arange(32) % 4 == 1, -1, jnp.arange(32)) + jnp.zeros((3, 1), jnp.int32)
+    arrays |= {
+        "starts": jnp.asarray([[0, 5], [9, 30], [3, 16]], jnp.int32),
+        "lengths": jnp.asarray([[32, 20], [0, 2], [10, 8]], jnp.int32),
+    }
+    rows, by_head = PartitionSpec(None, "context"), PartitionSpec(None, heads)
+    specs = dict.fromkeys(("keys", "values", "key_positions"), rows)
+    specs |= dict.fromkeys(("queries", "starts", "lengths"), by_head)
+    attend = partial(ragged_decode_attention, scale=0.25, window=30)
+    many = sharded_attention(attend, mesh(), specs, slots="context", out=by_head)
     assert_same(attend(**arrays), jax.jit(lambda arrays: many(**arrays))(arrays))
 
 
@@ -102,6 +145,8 @@ def test_positions_are_needed_and_sizes_must_divide():
     split = sharded_attention(attend, mesh(), slot_specs(slots="context"), slots="context")
     with pytest.raises(ValueError, match="key_positions is None, allowed with slots split over 'context'"):
         split(**arrays | {"key_positions": None})
+    with pytest.raises(ValueError, match=r"keys lies as .*\(\), allowed with slots split over 'context'"):
+        sharded_attention(attend, mesh(), {}, slots="context")(**arrays)
     with pytest.raises(
         ValueError, match="keys has 30 along axis 2, allowed: multiples of the 4 devices along 'context'"
     ):
