@@ -114,6 +114,17 @@ class Placement:
         return jax.device_put(array, sharding)
 
 
+def on_host() -> AbstractContextManager[Any]:
+    """What is made inside lies in the host's memory: a model that is to be split may be more than one device holds.
+
+    Where JAX was told to have no CPU beside the accelerators (JAX_PLATFORMS without "cpu"), it makes no difference.
+    """
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return nullcontext()
+
+
 def place_model(model: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """The model with every parameter on the mesh; prompts and caches of it then follow by the same rules.
 

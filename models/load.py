@@ -1,7 +1,7 @@
 """Load a model and its tokenizer by name or path, and save them as a Hugging Face directory."""
 
 import ctypes
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kvx.mesh import on_host, place_model
 from kvx.models.build import Model, config_from_model, model_from_checkpoint, tensors_from_model
 from kvx.models.readers import read_checkpoint, write_checkpoint
 from kvx.models.tokenizer import Tokenizer
@@ -25,7 +26,8 @@ def load(
         name_or_path: a zoo name ("smollm2-135m-instruct"), a Hugging Face directory, or a .gguf file.
         dtype: float32, bfloat16 or float16. None: float32 on a CPU, where bfloat16 arithmetic was 4 times slower,
             bfloat16 on accelerators.
-        mesh: place the parameters on it by `kvx.mesh`'s rules. None: on the default device.
+        mesh: place the parameters on it by `kvx.mesh`'s rules, from the host's memory, so that no device ever holds
+            more than its share. None: on the default device.
 
     Raises:
         BadInput: an unknown name, a file that cannot be read, or a model that kvx does not compute.
@@ -33,10 +35,9 @@ def load(
     checkpoint = read_checkpoint(resolve(Path(name_or_path) if isinstance(name_or_path, PathLike) else name_or_path))
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     standard = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = model_from_checkpoint(checkpoint, standard if dtype is None else dtype)
+    with nullcontext() if mesh is None else on_host():
+        model = model_from_checkpoint(checkpoint, standard if dtype is None else dtype)
     if mesh is not None:
-        from kvx.mesh import place_model
-
         model = place_model(model, mesh)
     _give_back()
     return model, tokenizer

@@ -67,6 +67,14 @@ class Checkpoints:
         self._finishing = threading.Thread(target=self._finish, args=(folder,), name="checkpoint")
         self._finishing.start()
 
+    def discard(self, step: int) -> int | None:
+        """Remove the checkpoint of a step, if there is one, and tell the newest that stays; None: there is none."""
+        self.wait()
+        if jax.process_index() == 0 and step in self.steps():
+            self._remove(step)
+        meet("what is of no use is gone")
+        return next(reversed(self.steps()), None)
+
     def wait(self) -> None:
         """Until what was begun is complete.
 
@@ -84,6 +92,8 @@ class Checkpoints:
         """Finish, and let go of threads."""
         self.wait()
         if self._writer is not None:
+            if jax.process_index() == 0:
+                self._prune(self.section.keep)
             self._writer.close()
             self._writer = None
 
@@ -172,20 +182,24 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 manifest.write(folder)
-                self._prune()
+                # The newest may yet turn out to be spoiled, and then the ones before it are what is kept.
+                self._prune(self.section.keep + 1)
         except BaseException as error:
             self._failure = error
 
-    def _prune(self) -> None:
+    def _prune(self, keep: int) -> None:
         steps = self.steps()
-        stay = set(steps[-self.section.keep :])
+        stay = set(steps[-keep:])
         judged = {step: loss for step in steps if (loss := self._held_out(step)) is not None}
         if self.section.best and judged:
             stay.add(min(judged, key=lambda step: judged[step]))
         for step in set(steps) - stay:
-            # Without its manifest a folder is unfinished, so that a kill half way through leaves nothing damaged.
-            (self._path(step) / manifest.NAME).unlink()
-            shutil.rmtree(self._path(step))
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        # Without its manifest a folder is unfinished, so that a kill half way through leaves nothing damaged.
+        (self._path(step) / manifest.NAME).unlink()
+        shutil.rmtree(self._path(step))
 
     def _held_out(self, step: int) -> float | None:
         return json.loads((self._path(step) / "facts.json").read_text()).get("held_out")

@@ -2,7 +2,8 @@
 
 The loop knows nothing of attention, conversions or losses: it drives a `kvx.train.step.Step` over an iterator of
 batches. Each process brings its own rows. Numbers of a step are read while the next one runs, and always before a
-checkpoint is written, so that no checkpoint holds weights that a step has spoiled.
+checkpoint is written. They tell of the weights that the step began with: a checkpoint whose next step fails is thrown
+away, so that what stays has been seen to work.
 """
 
 import math
@@ -131,7 +132,7 @@ class Trainer:
 
         Raises:
             BadInput: checkpoints in the way of a new run; a damaged checkpoint.
-            Diverged: a loss or gradient that is not finite; the last checkpoint is from before it.
+            Diverged: a loss or gradient that is not finite; the last checkpoint's weights still gave finite ones.
         """
         if not resume and self.checkpoints.steps():
             raise BadInput(f"{self.checkpoints.folder} holds checkpoints; allowed: resume=True, or another folder")
@@ -152,7 +153,7 @@ class Trainer:
     def _run(self, start: int, state: TrainState, frozen: Arrays, teacher: Arrays | None) -> Outcome:
         metrics: Metrics | None = None
         waiting: tuple[int, dict[str, Any]] | None = None
-        held_out, saved, step, stopped = None, start, start, False
+        held_out, step, stopped = None, start, False
         try:
             with self.stop:
                 while step < self.steps:
@@ -163,20 +164,19 @@ class Trainer:
                             self._evaluate(0, state, frozen, teacher, metrics)
                     state, numbers = self.step(state, frozen, teacher, batch)
                     step += 1
-                    self._read(waiting, metrics, saved)
+                    self._read(waiting, metrics)
                     waiting = (step, numbers)
                     last, stopped = step == self.steps, self.stop.after(step)
                     judges = last or step % self.evaluate.every == 0
                     saves = last or stopped or step % self.checkpoint.every == 0
                     if judges or saves:
-                        self._read(waiting, metrics, saved)
+                        self._read(waiting, metrics)
                         waiting = None
                     if judges:
                         held_out = self._evaluate(step, state, frozen, teacher, metrics)
                     if saves:
                         facts = {**self.facts, "held_out": held_out if judges else None}
                         self.checkpoints.save(step, (state, frozen), facts, self.batches.get_state())
-                        saved = step
                     if stopped:
                         break
         finally:
@@ -185,7 +185,7 @@ class Trainer:
         self.checkpoints.wait()
         return Outcome(self._model(state, frozen), step, step >= self.steps, stopped or self.stop.over, held_out)
 
-    def _read(self, waiting: tuple[int, dict[str, Any]] | None, metrics: Metrics, saved: int) -> None:
+    def _read(self, waiting: tuple[int, dict[str, Any]] | None, metrics: Metrics) -> None:
         """Wait for a step's numbers, and write them down.
 
         Raises:
@@ -196,13 +196,23 @@ class Trainer:
         step, found = waiting
         numbers = {name: float(value) for name, value in found.items()}
         for name in ("loss", "gradient_norm"):
-            if not math.isfinite(numbers[name]):
-                kept = f"step {saved} in {self.checkpoints.folder}" if saved else "none was written yet"
-                raise Diverged(
-                    f"{name}={numbers[name]} at step {step}; allowed: a finite number; the last good checkpoint is "
-                    f"{kept}, and a lower learning_rate than {self.stage.learning_rate:g} may go on from it"
-                )
+            self._refuse(name, numbers[name], step, step - 1)
         metrics.step(step, numbers)
+
+    def _refuse(self, name: str, number: float, step: int, weights: int) -> None:
+        """End the run over a number that is not finite.
+
+        Args:
+            weights: the step whose weights it was found with; their checkpoint is of no use to anyone.
+        """
+        if math.isfinite(number):
+            return
+        good = self.checkpoints.discard(weights)
+        kept = "none" if good is None else f"step {good} in {self.checkpoints.folder}"
+        raise Diverged(
+            f"{name}={number} at step {step}; allowed: a finite number; the last good checkpoint is {kept}, and a "
+            f"lower learning_rate than {self.stage.learning_rate:g} may go on from it"
+        )
 
     def _evaluate(
         self, step: int, state: TrainState, frozen: Arrays, teacher: Arrays | None, metrics: Metrics
@@ -210,6 +220,7 @@ class Trainer:
         if not self.held_out:
             return None
         loss = self.judge.student(self.step.student(state, frozen))
+        self._refuse("held_out", loss, step, step)
         numbers = {"held_out": loss, "perplexity": math.exp(min(loss, 700.0))}
         if teacher is not None:
             numbers["teacher_held_out"] = self.judge.teacher(teacher)

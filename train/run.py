@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 import kvx
+from kvx.mesh import on_host, place_model
 from kvx.models.build import Model
 from kvx.section_file import table_from
 from kvx.train.interruption import Interruption
@@ -109,9 +111,12 @@ def run_job(
     check_folder(job, resume)
     material = read_material(job, shapes)
     claim(job)
-    source, _ = kvx.load(job.model, dtype=jnp.float32)
-    student, facts = start(source, material, resume, shown)
-    folder, teacher, steps, stopped = run_folder(job), _teacher(job, source), [], False
+    # No device may be able to hold a whole model: what is placed on the mesh comes from the host.
+    with on_host():
+        source, _ = kvx.load(job.model, dtype=jnp.float32)
+        student, facts = start(source, material, resume, shown)
+        teacher = _teacher(job, source)
+    folder, steps, stopped = run_folder(job), [], False
     with Interruption(seconds) as stop:
         for stage in range(len(job.stages)):
             trainer = _trainer(material, stage, student, teacher, facts, stop, tensorboard, shown)
@@ -124,22 +129,31 @@ def run_job(
     sizes: Sizes = (facts["sizes"][0], facts["sizes"][1])
     if stopped:
         return Result(job.name, str(folder), False, *sizes, tuple(steps), held_out, guide)
-    student = on_host(student, job.saved_dtype)
+    student = gathered(student, job.saved_dtype)
     verdicts: tuple[Verdict, ...] = ()
     if jax.process_index() == 0:
         _save(student, material, folder / "model")
-        verdicts = judge(student, material, shown)
+        verdicts = judge(on_devices(student), material, shown)
     return Result(job.name, str(folder), True, *sizes, tuple(steps), held_out, guide, verdicts, str(folder / "model"))
 
 
-def on_host(student: Model, dtype: str) -> Model:
-    """The model on this process's first device, parameters in another dtype; every process has to call it."""
+def gathered(student: Model, dtype: str) -> Model:
+    """The whole model in the host's memory, parameters in another dtype; every process has to call it."""
     frame = Frame(student)
     arrays: dict[str, Any] = frame.arrays(student)
     if jax.process_count() > 1:
         arrays = {name: multihost_utils.process_allgather(array, tiled=True) for name, array in arrays.items()}
-    whole = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}
-    return frame.model(cast(whole, frame.parameters, jnp.dtype(dtype)))
+    whole = cast({name: np.asarray(array) for name, array in arrays.items()}, frame.parameters, jnp.dtype(dtype))
+    with on_host():
+        return frame.model(jax.tree.map(jnp.asarray, whole))
+
+
+def on_devices(student: Model) -> Model:
+    """The model on this process's own devices: whole on one; of several, each has a share of every layer."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return jax.device_put(student, devices[0])
+    return place_model(student, Mesh(np.array(devices), ("tensor",)))
 
 
 def _teacher(job: Job, source: Model) -> Model:

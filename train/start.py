@@ -48,5 +48,7 @@ def converted(source: Model, material: Material) -> tuple[Model, Report | None]:
     if job.convert.recipe == NO_CONVERSION:
         return source, None
     chosen = recipe(job.convert.recipe, **recipe_options(job))
-    moments = measure_moments(source, material.calibration()) if chosen.reads_text else None
+    # The source lies in the host's memory; the arithmetic over texts is for what is fast.
+    device = jax.local_devices()[0]
+    moments = measure_moments(source, material.calibration(), device=device) if chosen.reads_text else None
     return convert(source, chosen, moments)

@@ -13,6 +13,7 @@ from kvx.calibrate import calibrate
 from kvx.errors import BadInput
 from kvx.generate import _decode_step
 from kvx.mesh import RULES, Placement, Rules, place_model
+from kvx.models import load
 from kvx.policy_text import parse_policy
 from tests import tiny
 from tests.kvx.contract_cases import LATENT, less_with_maps
@@ -185,16 +186,33 @@ def test_weights_are_split_by_the_names_of_their_axes():
     assert spec(block.mlp_norm.weight[...]) == spec(block.attention.frequencies[...]) == PartitionSpec()
 
 
-def test_load_puts_a_checkpoint_on_the_mesh_where_a_prompt_then_goes_too(tmp_path):
+@pytest.fixture
+def directory(tmp_path):
+    """The model as a user has it, with a tokenizer of one word."""
     kvx.save(model(), None, tmp_path / "model")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     words.save(str(tmp_path / "model" / "tokenizer.json"))
-    loaded, _ = kvx.load(tmp_path / "model", mesh=mesh())
+    return tmp_path / "model"
+
+
+def test_load_puts_a_checkpoint_on_the_mesh_where_a_prompt_then_goes_too(directory):
+    loaded, _ = kvx.load(directory, mesh=mesh())
     tokens, lengths = tiny.prompts(40, 33, 25, 17)
     policy = parse_policy(SMALL["snapkv"])
     (here, _), (there, cache) = (kvx.prefill(each, tokens, policy, lengths) for each in (model(), loaded))
     np.testing.assert_allclose(here, there, atol=1e-4)
     assert spec(cache.layers[0].keys) == PartitionSpec("data", "tensor")
+
+
+def test_weights_that_are_to_be_split_wait_in_the_hosts_memory(directory, monkeypatch):
+    """Where nothing else is said new arrays go to the default device, which may not hold a whole model."""
+    read, seen = load.model_from_checkpoint, []
+    monkeypatch.setattr(load, "model_from_checkpoint", lambda *given: seen.append(jnp.zeros(()).device) or read(*given))
+    host, other = jax.local_devices(backend="cpu")[0], jax.devices()[5]
+    with jax.default_device(other):
+        kvx.load(directory, mesh=mesh())
+        kvx.load(directory)
+    assert seen == [host, other]
 
 
 def test_rows_that_the_mesh_does_not_divide_are_held_whole_and_give_the_same_logits():

@@ -10,6 +10,7 @@ import pytest
 
 from kvx.train.job import LossSection
 from kvx.train.windows import Windows
+from tests import tiny, tiny_latent
 from tests.train.tiny_runs import LENGTH, Squares, curve, make_step, mesh, models, one_device, stage, text
 
 DOWN = ("blocks.0.mlp.down.kernel", "blocks.1.mlp.down.kernel")
@@ -59,6 +60,16 @@ def test_a_mesh_has_the_loss_curve_of_one_device_for_a_while():
 def test_a_mesh_has_the_loss_curve_of_one_device(axes, packed):
     """With a teacher over 50 steps, as above."""
     one, many = (curve(stage(), each, packed=packed) for each in (one_device(), mesh(**axes)))
+    np.testing.assert_allclose(one, many, atol=1e-4)
+    assert one[-1] < one[0] - 0.3, "a curve that does not fall proves little"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2, "sequence": 2}])
+def test_latent_layers_among_plain_ones_have_the_loss_curve_of_one_device(axes):
+    """Latents and rotary keys are whole on every device, heads split: the same sums in another order."""
+    pair = tiny_latent.model("norms and a query rank", latent=(0, 2)), tiny.model()
+    one, many = (curve(stage(), each, packed=True, pair=pair) for each in (one_device(), mesh(**axes)))
     np.testing.assert_allclose(one, many, atol=1e-4)
     assert one[-1] < one[0] - 0.3, "a curve that does not fall proves little"
 

@@ -1,5 +1,6 @@
 """Claims about runs that end early: killed, told to stop, or diverging, and what a resumed run then does."""
 
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,6 @@ from kvx.errors import BadInput
 from kvx.train.interruption import Interruption
 from kvx.train.loop import Diverged
 from kvx.train.metrics import FILE, read
-from kvx.train.step import abstract
 from tests.train.tiny_runs import Cliff, Squares, mesh, one_device, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -107,17 +107,24 @@ def test_a_new_run_does_not_write_over_checkpoints(tmp_path):
         trainer(tmp_path, 8, placement=one_device()).run()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
-    """Weights are 0.1 higher after every step, and 0.3 in the fourth."""
+@pytest.mark.parametrize("every, good", [(1, 2), (2, 2), (3, None)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path, every, good):
+    """Weights are 0.1 higher after every step: the third step's are still numbers, but no loss can be had of them."""
     rate = {"learning_rate": 0.1, "warmup": 0, "schedule": "constant"}
-    run = trainer(tmp_path, 40, placement=one_device(), every=2, evaluate=False, minimised=Cliff(), **rate)
-    with pytest.raises(Diverged, match=r"loss=nan at step 4; allowed: a finite number; the last good .* is step 2 in"):
+    run = trainer(tmp_path, 40, placement=one_device(), every=every, keep=1, evaluate=False, minimised=Cliff(), **rate)
+    kept = "none" if good is None else f"step {good} in"
+    with pytest.raises(Diverged, match=f"loss=nan at step 4; allowed: a finite number; the last good .* is {kept}"):
         run.run()
-    assert run.checkpoints.steps() == [2]
-    begun = run.step.begin(run.frame.arrays(run.student))
-    (state, _), _, _ = run.checkpoints.restore(2, abstract(begun))
-    assert all(np.isfinite(array).all() for array in state.trained.values())
-    run.checkpoints.close()
+    assert run.checkpoints.steps() == ([] if good is None else [good])
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run_before_its_weights_are_kept(tmp_path):
+    run = trainer(tmp_path, 4, placement=one_device(), every=1, minimised=Squares())
+    judged = iter([1.0, math.inf])
+    run.judge.student = lambda arrays: next(judged)
+    with pytest.raises(Diverged, match=r"held_out=inf at step 2; .* last good checkpoint is step 1 in"):
+        run.run()
+    assert run.checkpoints.steps() == [1]
 
 
 @pytest.mark.slow

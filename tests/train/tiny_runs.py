@@ -82,9 +82,9 @@ class Cliff:
         return 0.0 * jnp.log(0.25 - mean) - mean, jnp.float32(len(batch.tokens)), {}
 
 
-def make_step(section, placement, converted=None, minimised=None):
-    """The step, its state and what is frozen, and the teacher's arrays, of the tiny models."""
-    student, teacher = models()
+def make_step(section, placement, converted=None, minimised=None, pair=None):
+    """The step, its state and what is frozen, and the teacher's arrays, of the tiny models or of another pair."""
+    student, teacher = pair or models()
     frame, guide = Frame(student), Frame(teacher)
     names = frame.chosen(section.train, converted)
     aim = minimised or objective(section, placement)
@@ -93,9 +93,9 @@ def make_step(section, placement, converted=None, minimised=None):
     return step, state, frozen, guide.placed(placement, guide.arrays(teacher))
 
 
-def curve(section, placement, steps=None, packed=False):
+def curve(section, placement, steps=None, packed=False, pair=None):
     """Losses of a run without a loop around it; packed rows hold two documents."""
-    step, state, frozen, teacher = make_step(section, placement)
+    step, state, frozen, teacher = make_step(section, placement, pair=pair)
     windows, losses = Windows(text(), LENGTH, section.batch), []
     for _ in range(steps or section.steps):
         batch = next(windows)

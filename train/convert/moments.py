@@ -1,7 +1,8 @@
 """What conversions learn from text: second moments of each layer's inputs, and how far back its heads look."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from kvx.models.build import Model
 from kvx.policies import full
 from kvx.prefill import embed
 from kvx.progress import Steps
+
+Tree = TypeVar("Tree")
 
 
 def about_mean(moments: Float[np.ndarray, "X X"]) -> Float[np.ndarray, "X X"]:
@@ -49,16 +52,22 @@ class Moments:
 
 
 def measure_moments(
-    model: Model, batches: Iterable[ArrayLike], *, console: Console | None = None
+    model: Model,
+    batches: Iterable[ArrayLike],
+    *,
+    device: jax.Device | None = None,
+    console: Console | None = None,
 ) -> tuple[Moments, ...]:
-    """Moments of every layer's attention over some texts, in one pass of the model over each batch.
+    """Moments of every layer's attention over some texts: layer after layer, each over all batches.
 
-    A batch's sums are float32, their total float64. Memory: beside the model, two float64 matrices of the model's width
-    for each layer, and T x T for each head of one row.
+    A batch's sums are float32, their total float64. Memory: beside the model, the residual stream of all batches, two
+    float64 matrices of the model's width for each layer, and T x T for each head of one row.
 
     Args:
         model: of `kvx.models`; its layers are of ordinary attention.
         batches: (B, T) token ids each, all rows of full length.
+        device: what computes: each layer's weights are there while it is at work, for models that no device holds.
+            None: where the model is.
         console: for the progress bar; None: standard error.
 
     Raises:
@@ -69,19 +78,24 @@ def measure_moments(
         raise BadInput("batches is empty; allowed: at least one batch of token ids (B, T)")
     if len({text.shape[1] for text in texts}) > 1:
         raise BadInput(f"batches have rows of {sorted({text.shape[1] for text in texts})} tokens; allowed: one length")
-    totals: list[list[np.ndarray] | None] = [None] * len(model.blocks)
-    with Steps(len(texts) * len(model.blocks), console) as steps:
-        for number, text in enumerate(texts):
-            x = embed(model, text)
-            positions = jnp.broadcast_to(jnp.arange(text.shape[1], dtype=jnp.int32), text.shape)
-            for layer, block in enumerate(model.blocks):
-                steps(f"batch {number + 1}/{len(texts)}: layer {layer + 1}/{len(model.blocks)}")
-                new = [np.asarray(each, np.float64) for each in _sums(block, x, positions)]
-                old = totals[layer]
-                totals[layer] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-                x = attend(block, x, positions)[0]
     count = sum(text.size for text in texts)
-    return tuple(Moments(*(total / count for total in layer)) for layer in totals if layer is not None)
+    streams = [_at(device, embed(model, text)) for text in texts]
+    places = [_at(device, jnp.broadcast_to(jnp.arange(text.shape[1], dtype=jnp.int32), text.shape)) for text in texts]
+    found = []
+    with Steps(len(texts) * len(model.blocks), console) as steps:
+        for layer, block in enumerate(model.blocks):
+            here, totals = _at(device, block), [0.0] * len(fields(Moments))
+            for number, positions in enumerate(places):
+                steps(f"layer {layer + 1}/{len(model.blocks)}: batch {number + 1}/{len(texts)}")
+                new = _sums(here, streams[number], positions)
+                totals = [old + np.asarray(each, np.float64) for old, each in zip(totals, new, strict=True)]
+                streams[number] = attend(here, streams[number], positions)[0]
+            found.append(Moments(*(total / count for total in totals)))
+    return tuple(found)
+
+
+def _at(device: jax.Device | None, tree: Tree) -> Tree:
+    return tree if device is None else jax.device_put(tree, device)
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Claims about moments: they are means over the tokens of what the model computes, whatever the batches."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,6 +49,16 @@ def test_second_moments_of_keys_follow_from_those_of_inputs():
     keys = np.einsum("gdx,btx->btgd", source.key, x)
     expected = np.einsum("btgd,btge->gde", keys, keys) / layers.texts().size
     np.testing.assert_allclose(source.key @ inputs @ source.key.transpose(0, 2, 1), expected, atol=1e-5)
+
+
+def test_what_computes_takes_a_layer_at_a_time_and_finds_the_same():
+    """The weights are in the host's memory; each layer's go to the device, and what is told of it comes back."""
+    device, texts = jax.devices()[3], layers.texts()
+    here, there = measure_moments(layers.model(), [texts]), measure_moments(layers.model(), [texts], device=device)
+    for ours, theirs in zip(here, there, strict=True):
+        np.testing.assert_array_equal(ours.inputs, theirs.inputs)
+        np.testing.assert_array_equal(ours.distances, theirs.distances)
+    assert all(array.devices() == {jax.devices()[0]} for array in jax.tree.leaves(layers.model()))
 
 
 @pytest.mark.slow
