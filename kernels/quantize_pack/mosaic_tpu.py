@@ -84,6 +84,12 @@ def unpack_dequantize(
     channels, slots = codes.width, codes.slots
     block = _block(slots, codes.group, along, tuning)
     _, ranges_spec = _ranges(words.shape[0], channels, slots, codes.group, along, block)
+    scratch = _scratch(channels, codes.bits, block)
+    if isinstance(codes, ChannelCodes) and codes.groups_last:
+        # As memory holds them; a tile of groups stays while blocks of slots take theirs out of it.
+        ranges, groups = jnp.swapaxes(ranges, 1, 2), block // codes.group
+        ranges_spec = pl.BlockSpec((None, channels, LANES), lambda b, j: (b, 0, jax.lax.div(j * groups, LANES)))
+        scratch.append(pltpu.VMEM((LANES, channels), jnp.uint32))
     shape = (words.shape[0], channels, slots) if slots_last else (words.shape[0], slots, channels)
     rows = pl.pallas_call(
         partial(_unpack_kernel, bits=codes.bits, group=codes.group, along=along, slots_last=slots_last),
@@ -91,7 +97,7 @@ def unpack_dequantize(
         in_specs=[pl.BlockSpec((None, words.shape[1], block), lambda b, j: (b, 0, j)), ranges_spec],
         out_specs=_rows_spec(channels, block, slots_last),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        scratch_shapes=_scratch(channels, codes.bits, block),
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name="unpack_dequantize",
     )(words, ranges)
@@ -99,10 +105,13 @@ def unpack_dequantize(
 
 
 def _block(slots: int, group: int, along: str, tuning: Tuning | None) -> int:
-    """Slots a step: whole runs of lanes and, along slots, eight whole groups: one sublane of ranges each."""
+    """Slots a step: whole runs of lanes and, along slots, eight whole groups, which divide a tile of 128."""
     unit = LANES if along == "channels" else lcm(LANES, 8 * group)
     wanted = min((tuning or Tuning()).slots, slots)
-    return -(-wanted // unit) * unit
+    units = -(-wanted // unit)
+    if along == "slots":
+        units = 1 << (min(units, LANES * group // unit).bit_length() - 1)
+    return units * unit
 
 
 def _rows_spec(channels: int, block: int, slots_last: bool) -> pl.BlockSpec:
@@ -155,13 +164,18 @@ def _quantize_kernel(rows_ref, words_ref, ranges_ref, codes_ref, packed_ref, *, 
         words_ref[:, lanes] = packed_ref[run]
 
 
-def _unpack_kernel(words_ref, ranges_ref, rows_ref, codes_ref, packed_ref, *, bits, group, along, slots_last):
+def _unpack_kernel(words_ref, ranges_ref, rows_ref, codes_ref, packed_ref, *tile, bits, group, along, slots_last):
     for run in range(codes_ref.shape[0]):
         packed_ref[run] = words_ref[:, run * LANES : (run + 1) * LANES]
         _unpack(packed_ref.at[run], codes_ref.at[run], bits)
     codes = jnp.concatenate([codes_ref[run] for run in range(codes_ref.shape[0])], axis=1).astype(jnp.float32)
     codes = codes.T if along == "slots" else codes
-    scale, minimum = range_scale(ranges_ref[...]), range_minimum(ranges_ref[...])
+    ranges = ranges_ref[...]
+    if tile:
+        own = codes.shape[0] // group
+        tile[0][...] = ranges.T
+        ranges = tile[0][pl.ds(jax.lax.rem(pl.program_id(1) * own, LANES), own), :]
+    scale, minimum = range_scale(ranges), range_minimum(ranges)
     groups = codes.reshape(-1, group, codes.shape[1]) * scale[:, None] + minimum[:, None]
     rows = groups.reshape(codes.shape)
     turn = slots_last == (along == "slots")

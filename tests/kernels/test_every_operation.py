@@ -151,7 +151,7 @@ def test_the_tpu_kernel_interpreted_is_the_reference(call, tuning):
 @pytest.mark.parametrize("call", LEFT_OUT, ids=str)
 def test_what_a_tpu_does_not_take_is_refused(call):
     function, shapes = call.bound("mosaic_tpu")
-    with pytest.raises(ValueError, match=r"slots_last|page"):
+    with pytest.raises(ValueError, match="mosaic_tpu"):
         jax.eval_shape(function, shapes)
 
 
