@@ -14,6 +14,7 @@ from os.path import isdir
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import numpy as np
 import typer
 from rich.console import Console
@@ -22,6 +23,7 @@ import kvx
 from kvx.cli import program, run
 from kvx.destinations import make_folder
 from kvx.errors import BadInput
+from kvx.models.build import Model, abstract_model
 from kvx.train.curve import UNCONVERTED, Bench, Setting, folder_of
 from kvx.train.curves_plot import plot
 from kvx.train.data.token_file import map_tokens
@@ -30,6 +32,7 @@ from kvx.train.job import LossSection, StageSection
 from kvx.train.mesh import ALONG_ROWS, check_batch, make_placement
 from kvx.train.metrics import FILE, read
 from kvx.train.recall import passkeys, prompts
+from kvx.train.shapes import model_config
 
 TOKENS = "uint16"
 """Of .bin files."""
@@ -63,12 +66,29 @@ def collect(out: Path, keys: Iterable[tuple[str, int]], tokens: int) -> list[dic
     return found
 
 
-def _starts(starts: Sequence[str]) -> None:
-    from kvx.train.convert import parse_recipe
+def check_starts(starts: Sequence[str], source: Model) -> None:
+    """Refuse starts before any is trained; no weight is read.
+
+    Args:
+        starts: recipes as text, folders of models, or "none".
+        source: its parameters may be shapes.
+
+    Raises:
+        BadInput: no recipe, one that the source has no layers or widths for, a model of another vocabulary.
+    """
+    from kvx.train.convert import recipe_for
 
     for start in starts:
-        if start != UNCONVERTED and not isdir(start):
-            parse_recipe(start)
+        if start == UNCONVERTED:
+            continue
+        if isdir(start):
+            model = abstract_model(model_config(start), jnp.float32)
+            if model.vocabulary != source.vocabulary:
+                raise BadInput(
+                    f"start={start!r} has a vocabulary of {model.vocabulary}; allowed: the source's {source.vocabulary}"
+                )
+        else:
+            recipe_for(source, start)
 
 
 def _command(
@@ -126,17 +146,17 @@ def _command(
     setting = Setting(model, stage, length, max(1, steps // every), judged, calibration, max(1, steps // kept), dtype)
     placement = make_placement(ALONG_ROWS)
     check_batch(placement, batch, 1, length)
-    _starts(start)
-    text, other = map_tokens(train, TOKENS), map_tokens(judge, TOKENS)
+    shapes = abstract_model(model_config(model), jnp.float32)
+    check_starts(start, shapes)
+    if length > shapes.max_positions:
+        raise BadInput(f"length={length}; allowed: at most {shapes.max_positions}, the model's positions")
+    text, other = (map_tokens(path, TOKENS, shapes.vocabulary) for path in (train, judge))
     if len(text) < length * max(batch, calibration):
         raise BadInput(f"train has {len(text)} tokens; allowed: at least {length * max(batch, calibration)}")
     make_folder(out, "out")
     enable_compilation_cache()
     console = Console(stderr=True)
     source, tokenizer = kvx.load(model, dtype="float32")
-    for name, ids in (("train", text), ("held-out", other)):
-        if ids.size and int(ids.max()) >= source.vocabulary:
-            raise BadInput(f"{name} has token id {ids.max()}; allowed: 0 to {source.vocabulary - 1}, the vocabulary")
     hidden = prompts(tokenizer, tokenizer.decode(other.tolist()), length, asked) if asked else []
     questions = passkeys(tokenizer, hidden, batch) if hidden else []
     bench = Bench(source, text, other, questions, setting, placement, console)

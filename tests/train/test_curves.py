@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 import kvx
 from kvx.errors import BadInput
+from kvx.train.convert.__main__ import app as convert_app
 from kvx.train.curve import folder_of
 from kvx.train.curves import app, collect
+from tests import tiny
 from tests.train.tiny_runs import models, text
 
 
@@ -49,6 +51,51 @@ def test_curves_are_trained_once_and_written_together(tmp_path):
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
     assert (folder_of(tmp_path / "out", starts[1], 0) / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+@pytest.fixture
+def shapes_only(tmp_path, monkeypatch) -> str:
+    """A model's folder from which no weight can be read, with texts of ids beside it."""
+
+    def never(*_, **__):
+        raise AssertionError("weights were read")
+
+    kvx.save(tiny.model(), None, tmp_path / "model")
+    kvx.save(tiny.model(vocab_size=98), None, tmp_path / "other")
+    np.save(tmp_path / "train.npy", text(90_000))
+    np.save(tmp_path / "late.npy", np.append(text(90_000), 97).astype(np.uint16))
+    monkeypatch.setattr(kvx, "load", never)
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--start", "x_ecomla(rank=640, rotary=32)"], "x_ecomla(rank=640, rotary=32): rank=640 is out of range"),
+        (["--start", "gqa(kv_heads=3)"], "gqa(kv_heads=3): kv_heads=3 is out of range"),
+        (["--start", "{folder}/other"], "/other' has a vocabulary of 98; allowed: the source's 97"),
+        (["--start", "{folder}"], "{folder}"),
+        (["--length", "8192", "--batch", "8"], "length=8192; allowed: at most 4096, the model's positions"),
+        (["--held-out", "{folder}/late.npy"], "/late.npy has token id 97; allowed: 0 to 96, the vocabulary"),
+    ],
+)
+def test_what_a_later_curve_cannot_be_is_refused_before_weights_are_read(shapes_only, tmp_path, options, sentence):
+    texts = ["--train", f"{tmp_path}/train.npy", "--held-out", f"{tmp_path}/train.npy", "--calibration", "8"]
+    command = [f"{tmp_path}/out", "--start", "none", "--model", shapes_only, *texts]
+    options = [each.replace("{folder}", str(tmp_path)) for each in options]
+    found = CliRunner().invoke(app, [*command, *options]).exception
+    assert isinstance(found, BadInput) and sentence.replace("{folder}", str(tmp_path)) in str(found)
+
+
+@pytest.mark.parametrize("command", [["apply", "{recipe}", "{folder}/out"], ["compare", "gqa(1)", "{recipe}"]])
+def test_a_conversion_that_the_model_cannot_have_is_refused_before_weights_are_read(shapes_only, tmp_path, command):
+    (tmp_path / "a.txt").write_text("text")
+    texts = ["--text", f"{tmp_path}/a.txt"]
+    texts += ["--held-out", f"{tmp_path}/a.txt"] if command[0] == "compare" else []
+    recipe = "transmla(rank=640, rotary=32)"
+    command = [part.replace("{recipe}", recipe).replace("{folder}", str(tmp_path)) for part in command]
+    found = CliRunner().invoke(convert_app, [*command, *texts, "--model", shapes_only]).exception
+    assert isinstance(found, BadInput) and f"{recipe}: rank=640 is out of range" in str(found)
 
 
 def test_folders_of_starts_that_read_alike_are_not_the_same(tmp_path):

@@ -10,10 +10,21 @@ from kvx.models.build import Model
 from kvx.train.convert.fewer_heads import FewerHeads
 from kvx.train.convert.latent_recipe import Recipe
 from kvx.train.convert.moments import Moments, measure_moments
-from kvx.train.convert.recipes import names, parse_recipe, recipe
+from kvx.train.convert.recipes import names, parse_recipe, recipe, recipe_for
 from kvx.train.convert.report import Report
 
-__all__ = ["FewerHeads", "Moments", "Recipe", "Report", "convert", "measure_moments", "names", "parse_recipe", "recipe"]
+__all__ = [
+    "FewerHeads",
+    "Moments",
+    "Recipe",
+    "Report",
+    "convert",
+    "measure_moments",
+    "names",
+    "parse_recipe",
+    "recipe",
+    "recipe_for",
+]
 
 
 def convert(

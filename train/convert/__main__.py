@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -12,9 +13,11 @@ import kvx
 from kvx.cli import program, run
 from kvx.destinations import make_folder
 from kvx.errors import BadInput
-from kvx.train.convert import convert, measure_moments, parse_recipe
+from kvx.models.build import Model, abstract_model
+from kvx.train.convert import convert, measure_moments, recipe_for
 from kvx.train.convert.held_out import perplexity, windows
 from kvx.train.data import Documents, Encoding, open_documents
+from kvx.train.shapes import model_config
 
 Source = Annotated[str, typer.Option("--model", help="A zoo name, a Hugging Face directory, or a .gguf file.")]
 Text = Annotated[str, typer.Option(help="Text to calibrate on: a file or folder, as a job's data.train.")]
@@ -38,7 +41,7 @@ def apply(
     """
     from kvx.compilation_cache import enable_compilation_cache
 
-    chosen = parse_recipe(recipe)
+    chosen = recipe_for(_shapes(model), recipe)
     if chosen.reads_text and text is None:
         raise BadInput(f"text=None, but {recipe} reads text; allowed: a file of it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -74,7 +77,8 @@ def compare(
     """
     from kvx.compilation_cache import enable_compilation_cache
 
-    chosen = [parse_recipe(each) for each in recipes]
+    shapes = _shapes(model)
+    chosen = [recipe_for(shapes, each) for each in recipes]
     read, other = open_documents([text], "text"), open_documents([held_out], "held_out")
     enable_compilation_cache()
     source, tokenizer = kvx.load(model)
@@ -97,6 +101,11 @@ def compare(
         add(each.text, report.after / report.before, report.after, perplexity(converted, judged))
     if not as_json:
         Console().print(table)
+
+
+def _shapes(model: str) -> Model:
+    """The source with shapes for parameters, for checks before weights are read."""
+    return abstract_model(model_config(model), jnp.bfloat16)
 
 
 def _moments(source: Any, tokenizer: Any, text: Documents, count: int, length: int) -> Any:

@@ -96,22 +96,26 @@ class Budget:
         least: of every layer.
         multiple: what ranks are multiples of.
         relative: divide each layer's energy by its total first.
+        name: of `mean` as a setting, for refusals.
     """
 
     mean: int
     least: int = 8
     multiple: int = 8
     relative: bool = True
+    name: str = "mean"
 
     def __post_init__(self):
-        if self.multiple < 1 or self.mean % self.multiple or self.least % self.multiple or self.least > self.mean:
+        if self.multiple < 1 or self.least < 1 or self.least % self.multiple:
+            raise BadInput(f"least={self.least} is out of range; allowed: multiples of multiple={self.multiple}")
+        if self.mean < self.least or self.mean % self.multiple:
             raise BadInput(
-                f"mean={self.mean} and least={self.least}: allowed: multiples of {self.multiple}, least at most mean"
+                f"{self.name}={self.mean} is out of range; allowed: multiples of {self.multiple} from {self.least} on"
             )
 
     def known(self, most: int) -> None:
         """Not before the spectra are."""
-        _within(self.mean, most, "rank")
+        _within(self.mean, most, self.name)
 
     def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
         """Raises BadInput if all layers together have less."""
@@ -123,7 +127,8 @@ class Budget:
             gain, _, layer = heapq.heappop(heap)  # of equal gains, that of the least rank
             if gain > 0:
                 raise BadInput(
-                    f"mean={self.mean} is out of range; allowed: what the layers have, {sum(map(len, spectra))}"
+                    f"{self.name}={self.mean} of {len(spectra)} layers is out of range; allowed: in all layers "
+                    f"{sum(map(len, spectra))}, which they have"
                 )
             ranks[layer] += self.multiple
             heapq.heappush(heap, (-self._next(energies[layer], ranks[layer]), ranks[layer], layer))

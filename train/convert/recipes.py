@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_type_hints
 
 from kvx.errors import BadInput, unknown
+from kvx.models.build import Model
 from kvx.section import accepts, allowed
 from kvx.train.convert.concentrated import Concentrated, Unsteady
 from kvx.train.convert.factorisation import joint, separate
@@ -173,7 +174,7 @@ def by_effect(rank: int, rotary: int, layers: Layers = "all", norm: bool = False
         norm: RMS norm on the latent.
         spread: give each layer the rank at which all lose about the same share.
     """
-    ranks: Ranks = Budget(rank) if spread else Fixed(rank)
+    ranks: Ranks = Budget(rank, name="rank") if spread else Fixed(rank)
     return Recipe(Unsteady(rotary), ByEffect(), ranks, joint, "split", layers=layers, norm=norm)
 
 
@@ -227,3 +228,17 @@ def parse_recipe(text: str) -> Recipe | FewerHeads:
     if name not in _RECIPES:
         raise unknown("conversion", name, _RECIPES)
     return _RECIPES[name](*positional, **parameters)
+
+
+def recipe_for(model: Model, text: str) -> Recipe | FewerHeads:
+    """As `parse_recipe`, checked against a model whose parameters may be shapes.
+
+    Raises:
+        BadInput: so too; layers or widths that the model does not have, attention that cannot be converted.
+    """
+    found = parse_recipe(text)
+    try:
+        found.shapes(model, rank=1)  # ranks that follow from weights go with any
+    except BadInput as error:
+        raise BadInput(f"{found.text}: {error}") from None
+    return found

@@ -1,10 +1,12 @@
 """Which errors of keys and values count, and how much: the metrics of the factorisation."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
+from kvx.errors import BadInput
 from kvx.train.convert.factorisation import Metric
 from kvx.train.convert.moments import Moments, about_mean
 from kvx.train.convert.rotary_split import RotarySplit, needed
@@ -38,6 +40,10 @@ class ByActivations:
     balanced: bool = True
     alpha: float = 1.0
     reads_text = True
+
+    def __post_init__(self):
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise BadInput(f"alpha={self.alpha} is out of range; allowed: a finite number above 0")
 
     def __call__(self, source: Source, split: RotarySplit, moments: Moments | None) -> Metric:
         """Raises BadInput without moments."""

@@ -15,6 +15,10 @@ from kvx.errors import BadInput
 DTYPES = tuple(map(np.dtype, (np.uint16, np.uint32, np.int32, np.int64)))
 
 
+BLOCK = 1 << 24
+"""Ids that are looked at in one go."""
+
+
 class TokenFile(Sequence[np.ndarray]):
     """Token ids as documents that each end with a token of their own.
 
@@ -49,17 +53,17 @@ def ends_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.ends")
 
 
-def open_tokens(path: Path, dtype: str, end: int | None) -> TokenFile:
+def open_tokens(path: Path, dtype: str, end: int | None, vocabulary: int | None = None) -> TokenFile:
     """The documents of a file.
 
     Args:
-        dtype: of a .bin file.
+        dtype, vocabulary: as `map_tokens` has them.
         end: the token that ends a document, where no file beside it tells.
 
     Raises:
         BadInput: as `map_tokens`; ends that are not those of the file.
     """
-    tokens, beside = map_tokens(path, dtype), ends_file(path)
+    tokens, beside = map_tokens(path, dtype, vocabulary), ends_file(path)
     if not beside.exists():
         return TokenFile(tokens, end)
     try:
@@ -74,12 +78,13 @@ def open_tokens(path: Path, dtype: str, end: int | None) -> TokenFile:
     return TokenFile(tokens, end, ends)
 
 
-def map_tokens(path: Path, dtype: str) -> Integer[np.ndarray, "N"]:
-    """The ids of a file, not read before they are needed.
+def map_tokens(path: Path, dtype: str, vocabulary: int | None = None) -> Integer[np.ndarray, "N"]:
+    """The ids of a file, mapped.
 
     Args:
         path: .npy, of uint16, uint32, int32 or int64; or .bin, ids in the machine's byte order and nothing else.
         dtype: of a .bin file.
+        vocabulary: ids are below it, which one pass over the file makes sure of; None: they may be any.
 
     Raises:
         BadInput: a file that is damaged, or holds something else.
@@ -92,7 +97,17 @@ def map_tokens(path: Path, dtype: str) -> Integer[np.ndarray, "N"]:
         raise BadInput(
             f"{path} is of shape {tokens.shape} and dtype {tokens.dtype}; allowed: one row of uint16s or uint32s"
         )
+    if vocabulary is not None:
+        _check_ids(path, tokens, vocabulary)
     return tokens
+
+
+def _check_ids(path: Path, tokens: Integer[np.ndarray, "N"], vocabulary: int) -> None:
+    for start in range(0, len(tokens), BLOCK):
+        block = tokens[start : start + BLOCK]
+        for worst in (int(block.min()), int(block.max())):
+            if not 0 <= worst < vocabulary:
+                raise BadInput(f"{path} has token id {worst}; allowed: 0 to {vocabulary - 1}, the vocabulary")
 
 
 def _raw(path: Path, dtype: np.dtype) -> Integer[np.ndarray, "N"]:

@@ -224,6 +224,8 @@ def test_recipes_are_known_by_name():
         (lambda: x_ecomla(8, query_rank=0), "query_rank=0"),
         (lambda: x_ecomla(8, factorisation="both"), "unknown factorisation 'both'"),
         (lambda: x_ecomla(8, singular="left"), "unknown side"),
+        (lambda: transmla(8, 8, alpha=0.0), "alpha=0.0 is out of range; allowed: a finite number above 0"),
+        (lambda: by_effect(12, 6, spread=True), "rank=12 is out of range; allowed: multiples of 8 from 8 on"),
         (lambda: x_ecomla(65, rotary=6)(layers.model()), "rank=65 is out of range; allowed: 1 to 64"),
         (lambda: x_ecomla("64"), "rank='64' of x_ecomla; allowed: an integer"),
         (lambda: x_ecomla(64, energy="a"), "energy='a' of x_ecomla; allowed: a finite number"),

@@ -79,8 +79,8 @@ def test_equal_layers_get_equal_ranks():
         (lambda: Energy(0.0), "share=0.0"),
         (lambda: Energy(1.1), "share=1.1"),
         (lambda: Budget(12), "multiples of 8"),
-        (lambda: Budget(8, least=16), "least at most mean"),
-        (lambda: Budget(40)([np.ones(32)]), "allowed: what the layers have, 32"),
+        (lambda: Budget(8, least=16), "mean=8 is out of range; allowed: multiples of 8 from 16 on"),
+        (lambda: Budget(40)([np.ones(32)]), "mean=40 of 1 layers is out of range; allowed: in all layers 32"),
     ],
 )
 def test_bad_input_is_refused(build, sentence):
