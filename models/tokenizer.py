@@ -91,6 +91,12 @@ class Tokenizer:
             return self._tokens.decode(array.tolist(), skip_special_tokens=skip_special)
 
     @property
+    def pieces(self) -> dict[str, int]:
+        """The pieces that ordinary text is made of, and their ids: all but special and other added tokens."""
+        added = {token["content"] for token in self.specification.get("added_tokens", ())}
+        return {piece: index for piece, index in self._tokens.get_vocab().items() if piece not in added}
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `chat` works."""
         return isinstance(self.special.get("chat_template"), str)

@@ -10,6 +10,7 @@ from kvx.models.build import Model, abstract_model
 from kvx.train.data.files import LINES, expand
 from kvx.train.job import Job
 from kvx.train.mesh import check_batch, make_placement
+from kvx.train.metrics import check_tensorboard
 from kvx.train.parameters import Frame, converted_layers
 from kvx.train.shapes import NO_CONVERSION, model_config, recipe_options, stand_in, student_shapes
 
@@ -25,19 +26,34 @@ def check_job(job: Job, *, here: bool = True) -> Model:
         The source model with shapes for parameters.
 
     Raises:
-        BadInput: layers or widths that the source does not have, a teacher of another vocabulary, unknown recipes and
-            policies, a batch that the mesh does not divide, paths that hold nothing.
+        BadInput: layers or widths that the source does not have, a teacher of another vocabulary, rows beyond the
+            model's positions, unknown recipes and policies, a batch that the mesh does not divide, paths that hold
+            nothing, a package that is missing.
     """
     source = abstract_model(model_config(job.model, job.shapes), jnp.bfloat16)
     student = student_shapes(job, source, stand_in(job))
     check_trained(job, student)
     check_teacher(job, source, student)
+    check_lengths(job, source)
     for text in job.evaluate.policies:
         kvx.parse_policy(text).check([block.spec for block in student.blocks])
     if here:
+        check_tensorboard()
         check_devices(job)
         check_paths(job)
     return source
+
+
+def check_lengths(job: Job, source: Model) -> None:
+    """What is trained, calibrated and judged by has positions that the model was made for."""
+    lengths = {"data.sequence": job.data.sequence}
+    if any(stage.kind == "dpo" for stage in job.stages):
+        lengths["data.pairs.sequence"] = job.data.pairs.sequence
+    if job.evaluate.passkey:
+        lengths["evaluate.passkey_length"] = job.evaluate.passkey_length
+    for name, length in lengths.items():
+        if length > source.max_positions:
+            raise BadInput(f"{name}={length}; allowed: at most {source.max_positions}, the model's positions")
 
 
 def check_trained(job: Job, student: Model) -> None:

@@ -63,11 +63,10 @@ def judge(model: Decoder, material: Material, console: Console) -> tuple[Verdict
 
 
 def _rows(material: Material) -> Int[np.ndarray, "B T"]:
-    """Rows of held-out text without padding."""
+    """Rows of held-out text without padding; there is one, `read_material` made sure."""
     sequence = material.job.data.sequence
     batches = held_out_batches(material.held_out, material.encoding, sequence=sequence, batch=1, tokens=ROWS * sequence)
-    whole = [batch.tokens for batch in batches if batch.mask.all()]
-    return np.concatenate(whole or [batches[0].tokens])
+    return np.concatenate([batch.tokens for batch in batches if batch.mask.all()])
 
 
 def _passkeys(model: Decoder, material: Material, policies: list[kvx.Policy], steps: Steps) -> dict[str, float]:

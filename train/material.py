@@ -12,7 +12,9 @@ from kvx.models.build import Model
 from kvx.models.tokenizer import Tokenizer
 from kvx.train.batch import Batch
 from kvx.train.data import Encoding, Stream, held_out_batches, open_documents, open_pairs, pair_batches, text_batches
+from kvx.train.data.documents import Documents
 from kvx.train.job import Job
+from kvx.train.material_checks import check_pieces, check_room, check_row
 from kvx.train.recall import passkeys, prompts
 
 TOGETHER = 4
@@ -100,7 +102,8 @@ def read_material(job: Job, source: Model) -> Material:
 
     Raises:
         BadInput: files that cannot be read, or hold no text; a broken line, by file and number; a tokenizer whose ids
-            the model has no embedding for.
+            the model has no embedding for, or whose pieces are not the teacher's; passkeys beyond the model's
+            positions; less to judge by than a row.
     """
     from kvx.models.readers import read_checkpoint
     from kvx.models.zoo import resolve
@@ -112,31 +115,35 @@ def read_material(job: Job, source: Model) -> Material:
             f"the tokenizer of {job.model!r} has {tokenizer.vocabulary} tokens; allowed: at most {rows}, the model's "
             "vocabulary"
         )
+    if job.teacher.model not in (None, job.model):
+        check_pieces(job, tokenizer, Tokenizer.from_checkpoint(read_checkpoint(resolve(job.teacher.model))))
     encoding, data = Encoding.of(tokenizer), job.data
     end = encoding.end if data.document_end is None else data.document_end
+    ids: dict[str, Any] = {"end": end, "dtype": data.tokens_dtype, "vocabulary": encoding.vocabulary}
 
-    def texts(paths: Sequence[str], name: str) -> Sequence[Any]:
-        if not paths:
-            return ()
-        return open_documents(paths, name, field=data.field, end=end, dtype=data.tokens_dtype)
+    def texts(paths: Sequence[str], name: str) -> Documents:
+        return open_documents(paths, name, field=data.field, **ids) if paths else Documents(())
 
     pairs = open_pairs(data.pairs.train, "data.pairs.train") if data.pairs.train else ()
     train, held_out, asked = texts(data.train, "data.train"), texts(data.held_out, "data.held_out"), job.evaluate
-    for documents in (train, held_out):
-        if len(documents):
-            encoding(documents[0])  # refuses messages without a template, and ids of another vocabulary
+    for document in (*train.first_of_files, *held_out.first_of_files):
+        if isinstance(document, list):
+            encoding(document)  # refuses messages without a template
+    if held_out and asked.policies:
+        check_row(job, held_out, encoding)
     hidden: Sequence[Any] = ()
     if asked.passkey:
-        hidden = prompts(tokenizer, _text(held_out, tokenizer), asked.passkey_length, asked.passkey, job.seed)
+        hidden = prompts(tokenizer, _text(held_out, encoding, tokenizer), asked.passkey_length, asked.passkey, job.seed)
+        check_room(job, tokenizer, hidden, source.max_positions)
     return Material(job, tokenizer, encoding, train, held_out, pairs, hidden)
 
 
-def _text(documents: Sequence[Any], tokenizer: Tokenizer) -> str:
-    """The first documents, as many as hide keys well; those that are token ids are decoded."""
+def _text(documents: Sequence[Any], encoding: Encoding, tokenizer: Tokenizer) -> str:
+    """The first documents, as many as hide keys well; chats as their template writes them, token ids decoded."""
     found, characters = [], 0
     for index in range(len(documents)):
         document = documents[index]
-        found.append(document if isinstance(document, str) else tokenizer.decode(document))
+        found.append(document if isinstance(document, str) else tokenizer.decode(encoding(document)))
         characters += len(found[-1])
         if characters > HIDING:
             break

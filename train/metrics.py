@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def check_tensorboard() -> None:
+    """Refuse to begin where TensorBoard's files cannot be written.
+
+    Raises:
+        BadInput: `tensorboardX` is missing.
+    """
+    if find_spec("tensorboardX") is None:
+        raise BadInput("tensorboardX is missing, which writes TensorBoard's files; allowed: pip install 'kvx[train]'")
+
+
 def _board(folder: Path, step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ModuleNotFoundError:
-        raise BadInput(
-            "tensorboard=True needs tensorboardX; allowed: pip install kvx[train], or tensorboard=False"
-        ) from None
+    check_tensorboard()
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 

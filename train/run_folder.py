@@ -32,12 +32,17 @@ def stage_folder(job: Job, stage: int) -> Path:
     return run_folder(job) / f"stage-{stage}-{job.stages[stage].kind}"
 
 
+def saved_model(job: Job) -> Path:
+    """Where a job that is over keeps its student, as `kvx.load` reads it."""
+    return run_folder(job) / "model"
+
+
 def check_folder(job: Job, resume: bool) -> None:
     """Refuse a folder that holds another run; to be asked by all processes, before anything is read or written.
 
     Raises:
-        BadInput: a run without `resume`; another job than the one that is resumed, by the first key that differs; a
-            damaged record of it.
+        BadInput: a model that no run left; a run without `resume`; another job than the one that is resumed, by the
+            first key that differs; a damaged record of it.
     """
     agreed(lambda: _check(job, resume), f"output={job.output!r} is refused, as the first process says")
 
@@ -54,8 +59,10 @@ def claim(job: Job) -> None:
 
 
 def _check(job: Job, resume: bool) -> int:
-    kept = run_folder(job) / FILE
+    kept, model = run_folder(job) / FILE, saved_model(job)
     if not kept.exists():
+        if model.exists():
+            raise BadInput(f"output={job.output!r} holds {model.name}/ of no run; allowed: another folder")
         return 0
     if not resume:
         raise BadInput(f"output={job.output!r} holds a run; allowed: --resume, or another folder")

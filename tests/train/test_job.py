@@ -7,6 +7,7 @@ import pytest
 
 from kvx.errors import BadInput
 from kvx.section_file import table_from
+from kvx.train import metrics
 from kvx.train.job import ConvertSection, Job, MeshSection, StageSection
 from kvx.train.job_checks import check_job
 from kvx.train.job_file import read_job
@@ -200,6 +201,7 @@ def test_a_job_that_fits_its_model_passes(job):
         ("evaluate.policies=['snapkvv(3)']", "did you mean 'snapkv'"),
         ("evaluate.passkey=3", "evaluate.passkey=3 without data.held_out"),
         ("stages.0.batch=4", "stages.0: batch=4"),
+        ("data.sequence=8192", "data.sequence=8192; allowed: at most 4096, the model's positions"),
         ("mesh.tensor=3", "whose product is that of 8 devices"),
         ("shapes=nowhere.json", "nowhere.json' cannot be read"),
         ("data.train=['nowhere']", "data.train has 'nowhere', which does not exist"),
@@ -210,6 +212,25 @@ def test_a_job_that_does_not_fit_its_model_devices_or_data_is_refused(job, overr
     with pytest.raises(BadInput) as caught:
         check_job(read_job(job, [override]))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["evaluate.passkey=3", "evaluate.passkey_length=4097"], "evaluate.passkey_length=4097; allowed: at most 4096"),
+        (["stages=[{kind='dpo', steps=3}]", "data.pairs.sequence=5000"], "data.pairs.sequence=5000; allowed: at most"),
+    ],
+)
+def test_what_is_trained_and_judged_has_positions(job, overrides, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        check_job(read_job(job, overrides))
+
+
+def test_a_missing_package_is_told_before_weights_are_read(job, monkeypatch):
+    monkeypatch.setattr(metrics, "find_spec", lambda _: None)
+    with pytest.raises(BadInput, match=r"tensorboardX is missing, .*; allowed: pip install 'kvx\[train\]'"):
+        check_job(read_job(job))
+    check_job(read_job(job), here=False)
 
 
 def test_files_to_judge_by_are_others(job):

@@ -8,7 +8,7 @@ import gzip
 import json
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,24 @@ class Documents(Sequence[Record]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def first_of_files(self) -> list[Record]:
+        """What each file that is not empty begins with."""
+        return [part[0] for part in self._parts]
+
     def __getitem__(self, index: int) -> Record:
         which = bisect_right(self._ends, index)
         return self._parts[which][index - (self._ends[which - 1] if which else 0)]
 
 
 def open_documents(
-    paths: Sequence[str], name: str, *, field: str = "text", end: int | None = None, dtype: str = "uint16"
+    paths: Sequence[str],
+    name: str,
+    *,
+    field: str = "text",
+    end: int | None = None,
+    dtype: str = "uint16",
+    vocabulary: int | None = None,
 ) -> Documents:
     """The documents of files and folders, in order.
 
@@ -54,12 +65,13 @@ def open_documents(
         field: of a row: a text, or a list of messages.
         end: the token that ends a document in .npy and .bin that come without ends; None: each is one document.
         dtype: of .bin files.
+        vocabulary: ids of .npy and .bin files are below it; None: they are not looked at.
 
     Raises:
         BadInput: a path that cannot be read; a broken line, by file and number; a field that is missing or of another
-            type; no text at all.
+            type; messages that are none; ids outside the vocabulary; no text at all.
     """
-    documents = Documents([_read(file, field, end, dtype) for file in expand(paths, name)])
+    documents = Documents([_read(file, field, end, dtype, vocabulary) for file in expand(paths, name)])
     if not any(_filled(documents[index]) for index in range(len(documents))):
         raise BadInput(f"{name}={list(paths)!r} holds no text; allowed: at least one document that is not empty")
     return documents
@@ -103,10 +115,29 @@ def field_of(where: str, row: Any, field: str) -> Record:
     value = row[field]
     if not isinstance(value, str | list):
         raise BadInput(f"{where}: {field!r} is a {type(value).__name__}; allowed: a text, or a list of messages")
+    if isinstance(value, list):
+        check_messages(value, f"{where}: ")
     return value
 
 
-def _read(path: Path, field: str, end: int | None, dtype: str) -> Sequence[Record]:
+def check_messages(messages: list[Any], where: str = "") -> None:
+    """Refuse what is no conversation.
+
+    Args:
+        where: it is from, for the refusal.
+
+    Raises:
+        BadInput: anything but objects with a role, which is a text, and content.
+    """
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise BadInput(
+                f"{where}messages hold {str(message)[:80]}, which is none; allowed: objects with role (a text) and "
+                "content"
+            )
+
+
+def _read(path: Path, field: str, end: int | None, dtype: str, vocabulary: int | None) -> Sequence[Record]:
     if str(path) in PYTHON_DOCS:
         found = prose()
         halves: dict[str, tuple[str, ...]] = dict(zip(PYTHON_DOCS, (found.haystack, found.held_out), strict=True))
@@ -117,7 +148,7 @@ def _read(path: Path, field: str, end: int | None, dtype: str) -> Sequence[Recor
     if kind in TABLES:
         return read_column(path, field)
     if kind in TOKENS:
-        return open_tokens(path, dtype, end)
+        return open_tokens(path, dtype, end, vocabulary)
     try:
         return [path.read_text(encoding="utf-8")]
     except UnicodeDecodeError as error:

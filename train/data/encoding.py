@@ -1,6 +1,6 @@
 """Documents as token ids: what a tokenizer makes of text and of chats, and ids that were made before."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Int, Integer
 from kvx.errors import BadInput
 from kvx.models.chat_template import ChatRenderer
 from kvx.models.tokenizer import Tokenizer
+from kvx.train.data.documents import check_messages
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Encoding:
             record: a text; a list of messages, which the chat template writes out; or token ids, taken as they are.
 
         Raises:
-            BadInput: text without a tokenizer, messages without a template, ids outside the vocabulary.
+            BadInput: text without a tokenizer, messages that are none or have no template, ids outside the vocabulary.
         """
         if isinstance(record, np.ndarray):
             return self._known(record)
@@ -50,9 +51,8 @@ class Encoding:
             raise BadInput("a document is text, and there is no tokenizer; allowed: .npy or .bin files of token ids")
         if isinstance(record, str):
             ids = self.tokenizer.encode(record)
-        elif any(not isinstance(message, Mapping) for message in record):
-            raise BadInput(f"messages={str(record)[:80]} are no conversation; allowed: objects with role and content")
         else:
+            check_messages(record)
             text = self.tokenizer.chat(record, add_generation_prompt=False, render=self.render)
             ids = self.tokenizer.encode(text, add_special=False)
         if self.end is not None and ids[-1:] != [self.end]:

@@ -111,14 +111,30 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(folder, capsys):
         (["data.train=['{folder}/broken.jsonl']"], "broken.jsonl:2 is not JSON"),
         (["model={folder}/other"], "has 98 tokens; allowed: at most 97"),
         (["--stage", "2"], "--stage 2; allowed: 0 to 1"),
+        (["teacher.model={folder}/turned"], "has another tokenizer: 'a' is token"),
+        (["output={folder}/foreign"], "/foreign' holds model/ of no run; allowed: another folder"),
+        (["data.sequence=1024"], "data.held_out holds "),
+        (["data.held_out=['{folder}/late.npy']"], "late.npy has token id 98; allowed: 0 to 97, the vocabulary"),
+        (["data.held_out=['{folder}/valid.jsonl', '{folder}/chat.jsonl']"], "the model has no chat template"),
+        (
+            ["data.held_out=['python-docs/second-half']", "evaluate.passkey=1", "evaluate.passkey_length=4090"],
+            "tokens with the answer; allowed: at most 4096, the model's positions",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line_with_status_2(folder, capsys, arguments, sentence):
     (folder / "blank.txt").write_text(" \n")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "foreign" / "model").mkdir(parents=True, exist_ok=True)
+    np.save(folder / "late.npy", np.array([*range(98), 98], np.uint16))
+    (folder / "chat.jsonl").write_text('{"text": [{"role": "user", "content": "a"}]}\n')
     if not (folder / "other").exists():
         config = {**CONFIG, "num_hidden_layers": 2}
         kvx.save(random_model(config, seed=0, dtype=jnp.float32), letters(), folder / "other")
+        model, tokenizer = random_model({**config, "vocab_size": 98}, seed=0, dtype=jnp.float32), letters()
+        vocabulary = tokenizer.specification["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        kvx.save(model, tokenizer, folder / "turned")
     arguments = [each.replace("{folder}", str(folder)) for each in arguments]
     status, out, err = call(capsys, folder / "job.toml", "--dry-run", *arguments)
     assert status == 2 and out == "" and sentence in err and err.count("\n") == 1
@@ -155,6 +171,27 @@ def test_a_job_trains_resumes_and_saves_what_kvx_loads(folder, capsys, monkeypat
     np.testing.assert_array_equal(model(tokens), other(tokens))
     generated = kvx.generate(model, tokens, policy=kvx.parse_policy("knorm(budget=4)"), max_new_tokens=3)
     assert generated.tokens.shape == (1, 3)
+
+
+@pytest.mark.slow
+def test_preferences_that_are_resumed_keep_the_reference_that_they_began_with(folder, capsys):
+    """Stopped at the end of the first stage and within the second: the losses of the run that was not stopped."""
+    job, changes = folder / "job.toml", ["stages.0.steps=1", "stages.1.steps=3", "stages.1.learning_rate=1e-2"]
+    changes += ["stages.1.warmup=0", "evaluate.policies=[]", "checkpoint.every=100"]
+
+    def lines(name):
+        text = (folder / name / "stage-1-dpo" / "metrics.jsonl").read_text()
+        return [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+
+    stops = ([*extra, "--seconds", "0"] for extra in ([], ["--resume"]))
+    for reached, extra in zip(([1], [1, 1], [1, 3]), (*stops, ["--resume"]), strict=True):
+        status, out, _ = call(capsys, job, "--json", *extra, f"output={folder}/parts", *changes)
+        assert status == 0 and json.loads(out)["steps"] == reached
+    status, _, _ = call(capsys, job, "--json", f"output={folder}/one", *changes)
+    parts, one = lines("parts"), lines("one")
+    assert status == 0 and [line["loss"] for line in parts] == [line["loss"] for line in one]
+    assert one[0]["loss"] == pytest.approx(np.log(2), rel=1e-6) and one[0]["margin"] == 0
+    assert abs(parts[1]["margin"]) > 1e-3, "the reference is not the student that was resumed"
 
 
 @pytest.mark.slow
