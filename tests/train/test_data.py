@@ -143,6 +143,19 @@ def test_a_state_of_another_text_is_refused():
         text_batches(runs(3, 4, 5), IDS, sequence=8, batch=1).set_state(state)
     with pytest.raises(BadInput, match="sequence is 9, and was 8"):
         text_batches(runs(3, 4), IDS, sequence=9, batch=1).set_state(state)
+    for before, after in (
+        (runs(3, 4), [np.arange(3), np.arange(4)]),  # of equal lengths
+        (["ab", "cd"], ["ab", "ce"]),
+        (["a" * 5000 + "b"], ["a" * 5001 + "b"]),  # alike for long
+        ([[{"role": "user", "content": "a"}]], [[{"role": "user", "content": "b"}]]),
+    ):
+        first, second = (text_batches(each, ENCODING, sequence=8, batch=1) for each in (before, after))
+        with pytest.raises(BadInput, match="the data's text is '.*', and was '"):
+            second.set_state(first.get_state())
+    pairs = [{"prompt": "a", "chosen": chosen, "rejected": "c"} for chosen in "de"]
+    first, second = (pair_batches([each], TOKENIZER, sequence=8, prompt=4, batch=1) for each in pairs)
+    with pytest.raises(BadInput, match="the data's text is"):
+        second.set_state(first.get_state())
 
 
 def test_held_out_text_is_what_comes_first_and_ends():
@@ -234,7 +247,7 @@ def test_the_documentation_of_python_is_always_there():
 
 
 def test_messages_that_are_none_are_refused():
-    with pytest.raises(BadInput, match=r"messages=\[1, 2\] are no conversation"):
+    with pytest.raises(BadInput, match="messages hold 1, which is none; allowed: objects with role"):
         Encoding.of(letters(chat=True))([1, 2])
 
 
@@ -260,6 +273,7 @@ def test_what_is_wrong_with_a_file_names_file_and_line(tmp_path):
     assert "a.jsonl:2 has the fields ['body']" in refused(good + b'{"body": "x"}\n')
     assert "a.jsonl:2: 'text' is a int" in refused(good + b'{"text": 3}\n')
     assert "a.jsonl:1 is a list" in refused(b"[1]\n")
+    assert "a.jsonl:2: messages hold {'role': 3}, which is none" in refused(good + b'{"text": [{"role": 3}]}\n')
     assert "a.jsonl:2 is not UTF-8" in refused(good + b'{"text": "\xff"}\n')
     assert "cannot be unpacked" in refused(gzip.compress(good * 100)[:-20], "b.jsonl.gz")
     assert "cannot be unpacked" in refused(good, "c.jsonl.gz")
@@ -292,6 +306,8 @@ def test_what_is_wrong_with_a_path_is_one_sentence(tmp_path):
 def test_what_a_vocabulary_does_not_hold_is_refused():
     with pytest.raises(BadInput, match="token ids reach 99; allowed: 0 to 49"):
         Encoding(None, 50)(np.arange(100))
+    with pytest.raises(BadInput, match="document 2 of 2: token ids reach 99; allowed: 0 to 49"):
+        next(text_batches([np.arange(9), np.arange(100)], Encoding(None, 50), sequence=16, batch=1, shuffle=False))
     with pytest.raises(BadInput, match="there is no tokenizer"):
         Encoding(None, 50)("text")
 

@@ -13,7 +13,7 @@ from kvx.models.tokenizer import Tokenizer
 from kvx.train.batch import Batch, Pairs
 from kvx.train.data.documents import read_lines
 from kvx.train.data.files import LINES, expand
-from kvx.train.data.stream import TOKENISING, Stream
+from kvx.train.data.stream import TOKENISING, Stream, fingerprint
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -79,7 +79,8 @@ def pair_batches(
 
     ordered = grain.MapDataset.source(pairs).seed(seed).shuffle().repeat()
     pipeline = ordered.map(encode).to_iter_dataset(TOKENISING).batch(batch).map(mine)
-    facts = {"pairs": len(pairs), "sequence": sequence, "prompt": prompt, "batch": batch, "seed": seed}
+    facts = {"pairs": len(pairs), "text": fingerprint(pairs), "sequence": sequence, "prompt": prompt}
+    facts |= {"batch": batch, "seed": seed}
     return Stream(pipeline, facts)
 
 

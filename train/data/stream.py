@@ -6,6 +6,8 @@ does not depend on how many processes share it, it may go on with another number
 keep; the price is that each process tokenises all, which pre-tokenised files avoid.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +24,10 @@ TOKENISING = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch
 
 READING = grain.ReadOptions(num_threads=0)
 """Of what is token ids already there is nothing to do ahead."""
+
+
+SAMPLED = 64, 1024
+"""Documents that tell one text from another, and how much of each: characters of text, ids of tokens."""
 
 
 class Stream:
@@ -91,15 +97,29 @@ def text_batches(
     """
     if batch % shares:
         raise BadInput(f"batch={batch} over {shares} processes; allowed: a multiple of them")
-    ordered = grain.MapDataset.source(documents)
+    encoded = grain.MapDataset.source(_Encoded(documents, encoding))
     if shuffle:
-        ordered = ordered.seed(seed).shuffle()
-    encoded = ordered.repeat(epochs).map(lambda record: {"tokens": encoding(record)})
-    filled = encoded.filter(lambda element: len(element["tokens"]) > 0)
+        encoded = encoded.seed(seed).shuffle()
+    filled = encoded.repeat(epochs).filter(lambda element: len(element["tokens"]) > 0)
     stream = filled.to_iter_dataset(READING if encoding.tokenizer is None else TOKENISING)
     rows = grain.experimental.ConcatThenSplitIterDataset(stream, length_struct={"tokens": sequence})
-    facts = {"documents": len(documents), "sequence": sequence, "batch": batch, "seed": seed, "shuffle": shuffle}
+    facts = {"documents": len(documents), "text": fingerprint(documents), "sequence": sequence, "batch": batch}
+    facts |= {"seed": seed, "shuffle": shuffle}
     return Stream(rows.batch(batch).map(_mine(batch, share, shares)), facts)
+
+
+def fingerprint(records: Sequence[Any]) -> str:
+    """Of documents or preferences, by what some of them begin with and how long they are: cheap for any text."""
+    count, characters = SAMPLED
+    found = hashlib.sha256()
+    for index in sorted({len(records) * part // count for part in range(count)} if len(records) else ()):
+        record = records[index]
+        if isinstance(record, np.ndarray):
+            found.update(f"{len(record)} {record[:characters].tolist()}".encode())
+        else:
+            text = record if isinstance(record, str) else json.dumps(record)
+            found.update(f"{len(text)} {text[:characters]}".encode(errors="surrogatepass"))
+    return found.hexdigest()[:16]
 
 
 def held_out_batches(
@@ -122,6 +142,22 @@ def held_out_batches(
     )
     count = -(-tokens // (batch * sequence))
     return [found for _, found in zip(range(count), stream, strict=False)]
+
+
+class _Encoded(Sequence[dict[str, np.ndarray]]):
+    """Documents as token ids; what is refused is named by its place."""
+
+    def __init__(self, documents: Sequence[Any], encoding: Encoding):
+        self._documents, self._encoding = documents, encoding
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        try:
+            return {"tokens": self._encoding(self._documents[index])}
+        except BadInput as error:
+            raise BadInput(f"document {index + 1} of {len(self)}: {error}") from None
 
 
 def _mine(batch: int, share: int, shares: int) -> Callable[[dict[str, np.ndarray]], Batch]:
