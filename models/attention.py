@@ -44,6 +44,10 @@ class Attention(Protocol):
         """Unrotated queries, keys and values of the normed layer input."""
         ...
 
+    def own(self, rotated: Float[Array, "B T H D"]) -> Float[Array, "B T H K"]:
+        """Of rotated queries or keys, the channels that each head itself compares."""
+        ...
+
     def output(self, out: Float[Array, "B T H V"], dtype: DTypeLike) -> Float[Array, "B T E"]:
         """What the layer adds to the residual stream, in `dtype`, from every head's attention output."""
         ...
@@ -103,6 +107,10 @@ class GroupedAttention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+    def own(self, rotated: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
+        """All of them."""
+        return rotated
 
     def output(self, out: Float[Array, "B T H V"], dtype: DTypeLike) -> Float[Array, "B T E"]:
         """What the layer adds to the residual stream, in `dtype`, from every head's attention output."""

@@ -76,6 +76,10 @@ class Expanded:
         """Unrotated queries, keys and values of the layer's input."""
         return self.attention.project(self.block.attention_norm(x))
 
+    def own(self, rotated: Float[Array, "B T H D"]) -> Float[Array, "B T H K"]:
+        """Of rotated queries or keys, the channels that each head itself compares."""
+        return self.attention.own(rotated)
+
     def finish(self, x: Float[Array, "B T E"], out: Float[Array, "B T H V"]) -> Float[Array, "B T E"]:
         """The layer's output from its input and the attention output of every head."""
         return self.block.join(x, self.attention.output(out, x.dtype))

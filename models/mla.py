@@ -168,6 +168,10 @@ class LatentAttention(nnx.Module):
         keys = jnp.concatenate([turned, latent], axis=-1)[:, :, None]
         return jnp.concatenate([placed, absorbed], axis=-1), keys, latent[:, :, None]
 
+    def own(self, rotated: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
+        """All of them: one row serves all heads."""
+        return rotated
+
     def output(self, out: Float[Array, "B T H R"], dtype: DTypeLike) -> Float[Array, "B T E"]:
         """What the layer adds to the residual stream, in `dtype`, from every head's mean latent."""
         values = jnp.einsum("bthr,rhv->bthv", out.astype(dtype), self.kv_b.kernel[..., self.config.content :])
@@ -251,6 +255,16 @@ class ExpandedLatent:
         shared = jnp.broadcast_to(turned[:, :, None], (*both.shape[:3], c.rotary))
         keys = jnp.concatenate([shared, both[..., : c.content]], axis=-1)
         return jnp.concatenate(self.latent.queries(x), axis=-1), keys, both[..., c.content :]
+
+    def own(self, rotated: Float[Array, "B T H D"]) -> Float[Array, "B T H K"]:
+        """Of rotated queries or keys, the block that the head reads, and its content."""
+        c = self.latent.config
+        if c.blocks == 1:
+            return rotated
+        mine = np.arange(c.heads)[:, None] // (c.heads // c.blocks) == np.arange(c.blocks)
+        blocks = rotated[..., : c.rotary].reshape(*rotated.shape[:3], 2, c.blocks, c.block // 2)
+        block = jnp.sum(jnp.where(mine[:, None, :, None], blocks, 0), axis=-2)
+        return jnp.concatenate([block.reshape(*rotated.shape[:3], c.block), rotated[..., c.rotary :]], axis=-1)
 
     def output(self, out: Float[Array, "B T H V"], dtype: DTypeLike) -> Float[Array, "B T E"]:
         """What the layer adds to the residual stream, in `dtype`, from every head's attention output."""

@@ -27,7 +27,7 @@ KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full"
 
 @pytree
 class Heads:
-    """What one layer attends with: every query head has keys and values of its group, rotated."""
+    """What one layer's heads compare, rotated, and read: every query head has keys and values of its group."""
 
     queries: Float[Array, "B T H D"]
     keys: Float[Array, "B T G D"]
@@ -105,13 +105,13 @@ def _layer(
     positions: Int[Array, "B T"],
     placement: Placement | None,
 ) -> tuple[Float[Array, "B T E"], Heads]:
-    block = place_parameters(placement, block)
-    block = getattr(block, "expanded", block)
-    queries, keys, values = block.project(x)
+    form: Any = place_parameters(placement, block)
+    form = form.expanded
+    queries, keys, values = form.project(x)
     spots = positions[:, :, None]
-    heads = Heads(block.rotary(queries, spots), block.rotary(keys, spots), values)
-    out = causal_attention(heads.queries, heads.keys, heads.values, segments, block.spec, placement)
-    return _placed(block.finish(x, out), placement), heads
+    queries, keys = form.rotary(queries, spots), form.rotary(keys, spots)
+    out = causal_attention(queries, keys, values, segments, form.spec, placement)
+    return _placed(form.finish(x, out), placement), Heads(form.own(queries), form.own(keys), values)
 
 
 def _placed(x: Float[Array, "B T E"], placement: Placement | None) -> Float[Array, "B T E"]:
