@@ -214,7 +214,7 @@ AOT = (
     _model("gemma-3-4b", 8, 32768, "bf16", " window", masked="positions", options={"window": 1024}),
     *(
         _model(model, 1, 32768, "bf16", f" prefix of {rows} rows", rows, masked="positions")
-        for model in ("llama-3-8b", "llama-3.2-1b")
+        for model in ("llama-3-8b", "gemma-3-4b")
         for rows in (8, 64)
     ),
 )

@@ -7,9 +7,11 @@ import pytest
 
 from kvx.kernels.decode_attention import decode_attention
 from kvx.kernels.shared_prefix_attention import prefix_attention, shared_prefix_attention
+from tests.kernels.interpreting import interpreted_without_races
 
 
-def operands(batch, group, length, prefix, slots, seed):
+def operands(batch, group, length, prefix, slots, seed, widths=(8, 6)):
+    width, value_width = widths
     random = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -19,11 +21,11 @@ def operands(batch, group, length, prefix, slots, seed):
     last = prefix + random.integers(0, slots + 1, (batch, 1))
     spots = np.where(random.random((batch, 1)) < 0.8, last + np.arange(length), -1)
     return {
-        "queries": normal(batch, 2, group, length, 8),
-        "prefix_keys": normal(2, prefix, 8),
-        "prefix_values": normal(2, prefix, 6),
-        "keys": normal(batch, 2, slots, 8),
-        "values": normal(batch, 2, slots, 6),
+        "queries": normal(batch, 2, group, length, width),
+        "prefix_keys": normal(2, prefix, width),
+        "prefix_values": normal(2, prefix, value_width),
+        "keys": normal(batch, 2, slots, width),
+        "values": normal(batch, 2, slots, value_width),
         "query_positions": jnp.asarray(spots, jnp.int32),
         "prefix_positions": jnp.asarray(np.where(random.random((2, prefix)) < 0.9, np.arange(prefix), -1), jnp.int32),
         "key_positions": jnp.asarray(own, jnp.int32),
@@ -67,6 +69,22 @@ def test_reading_the_prefix_once_is_reading_it_in_every_row(batch, group, length
     # Float32 sums of 29 terms in another order.
     np.testing.assert_allclose(found.out, wanted.out, atol=2e-6)
     np.testing.assert_allclose(found.lse, wanted.lse, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 18])
+def test_a_tpus_kernel_reads_the_prefix_once_too(window):
+    """The queries of all rows as query heads of one; or, in a window, as so many queries at their own positions."""
+    arrays, options = operands(3, 2, 2, 200, 140, 5, widths=(128, 128)), {"scale": 0.1, "window": window}
+    wanted = jax.jit(lambda arrays: copied(arrays, **options))(arrays)
+    with interpreted_without_races():
+        found = jax.jit(lambda arrays: shared_prefix_attention(**arrays, **options, implementation="mosaic_tpu"))(
+            arrays
+        )
+        jax.block_until_ready(found)
+    # Float32 sums of up to 340 terms in another order.
+    np.testing.assert_allclose(found.out, wanted.out, atol=1e-5)
+    np.testing.assert_allclose(found.lse, wanted.lse, atol=1e-5)
 
 
 def test_an_empty_prefix_leaves_the_suffix_as_it_is():
