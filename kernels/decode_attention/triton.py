@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kvx.kernels.checks import dtype_refusal
 from kvx.kernels.decode_attention.call import LONGEST_RUN, Call, Found, with_tail_logits
 from kvx.kernels.decode_attention.operands import Operand, Rows
 from kvx.kernels.decode_attention.triton_kernel import LOG2E, UNSEEN, Facts, kernel
@@ -69,8 +70,8 @@ def refusal(call: Call) -> str | None:
         return f"jax is {jax.__version__}, GPU kernels need 0.11 or later"
     if call.length > LONGEST_RUN:
         return f"queries has {call.length} tokens a row, the kernel takes up to {LONGEST_RUN}"
-    if call.queries.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"queries has dtype {call.queries.dtype}, the kernel takes bfloat16 and float32"
+    if reason := dtype_refusal({"queries": call.queries.dtype}):
+        return reason
     for name, operand in (("keys", call.keys), ("values", call.values)):
         if reason := _operand_refusal(name, operand):
             return reason
@@ -131,7 +132,7 @@ def _inputs(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(operand, Rows):
             arrays[name] = operand.array
             if operand.scale is not None:
-                arrays[f"{name}_scale"] = operand.scale
+                arrays[f"{name}_scale"] = operand.scale[:, :, 0]
         else:
             arrays |= {name: operand.words, f"{name}_ranges": operand.ranges}
             shifts[f"{name}_shifts"] = Layout.of(operand).shifts()

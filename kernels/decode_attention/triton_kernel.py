@@ -192,5 +192,5 @@ def _capped(scores, call: Facts):
 def _scale(ref, start, block: int, inside):
     """Scale of each slot, or of the head."""
     if ref.shape[-1] == 1:
-        return ref[0, 0]
-    return load(ref, (0, pl.ds(start, block)), inside, 0.0)[None, :]
+        return ref[0]
+    return load(ref, (pl.ds(start, block),), inside, 0.0)[None, :]
