@@ -5,9 +5,11 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Literal, overload
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.checks import check_masking, check_shape
 from kvx.kernels.decode_attention import xla
 from kvx.kernels.decode_attention.call import Call, Found
 from kvx.kernels.decode_attention.operands import Operand, Rows, Tail
@@ -142,6 +144,7 @@ def decode_probabilities(
     """
     slots = keys.slots if isinstance(keys, Operand) else keys.shape[2]
     nothing = jnp.zeros((*queries.shape[:2], slots, 0), queries.dtype)
+    tail = tail and replace(tail, values=tail.values[..., :0])
     masks = query_positions, key_positions, None
     call = _call(queries, keys, nothing, masks, bias, tail, scale, window, softcap, True)
     logits = jnp.concatenate(xla.masked_logits(call), axis=-1)
@@ -191,6 +194,7 @@ def _call(
     positions, slots, lengths = masks
     keys = keys if isinstance(keys, Operand) else Rows(keys)
     values = values if isinstance(values, Operand) else Rows(values)
+    check_shape("queries", queries, (None,) * 5)
     batch, heads, group, length, dim = queries.shape
     if isinstance(values, ChannelCodes):
         raise ValueError("values is ChannelCodes, allowed are arrays, Rows and TokenCodes")
@@ -199,20 +203,27 @@ def _call(
     if values.slots != keys.slots:
         raise ValueError(f"values has {values.slots} slots, keys has {keys.slots}; they must be equal")
     for name, rows in (("keys", keys), ("values", values)):
-        allowed = tuple((batch, heads, 1, many) for many in (keys.slots, 1))
-        if isinstance(rows, Rows) and rows.scale is not None and rows.scale.shape not in allowed:
-            raise ValueError(f"{name}.scale has shape {rows.scale.shape}, allowed are {allowed[0]} and {allowed[1]}")
-    for name, array in (("key_positions", slots), ("bias", bias)):
-        if array is not None and array.shape != (batch, heads, keys.slots):
-            raise ValueError(f"{name} has shape {array.shape}, allowed is {(batch, heads, keys.slots)}")
-    if lengths is not None and lengths.shape != (batch, heads):
-        raise ValueError(f"lengths has shape {lengths.shape}, allowed is {(batch, heads)}")
+        for array in jax.tree.leaves(rows):
+            if array.shape[:2] != (batch, heads):
+                raise ValueError(f"{name} has an array of shape {array.shape}, allowed are ({batch}, {heads}, ...)")
+        if isinstance(rows, Rows):
+            check_shape(f"{name}.scale", rows.scale, (batch, heads, 1, keys.slots), (batch, heads, 1, 1))
+            if rows.scale is None and not (jnp.issubdtype(rows.array.dtype, jnp.floating) and rows.array.itemsize > 1):
+                allowed = "floats of 16 or 32 bits, and 8-bit numbers with a scale"
+                raise ValueError(f"{name} has {rows.array.dtype} numbers and no scale, allowed are {allowed}")
+    check_shape("key_positions", slots, (batch, heads, keys.slots))
+    check_shape("bias", bias, (batch, heads, keys.slots))
+    check_shape("lengths", lengths, (batch, heads))
+    check_shape("query_positions", positions, (batch, length))
+    if tail is not None:
+        check_shape("tail.positions", tail.positions, (batch, heads, None))
+        check_shape("tail.keys", tail.keys, (*tail.positions.shape, dim))
+        check_shape("tail.values", tail.values, (*tail.positions.shape, values.width))
     if slots is not None and positions is None:
         raise ValueError("query_positions is None beside key_positions, allowed are the queries' true positions")
-    if window is not None and (slots is None or window < 1):
-        raise ValueError(f"window is {window}, allowed are None and, with key_positions, integers from 1 up")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap is {softcap}, allowed are None and numbers above 0")
+    if window is not None and slots is None:
+        raise ValueError(f"window is {window}, without key_positions allowed is None")
+    check_masking(window, softcap)
     rows = queries.reshape(batch, heads, group * length, dim)
     return Call(rows, keys, values, positions, slots, lengths, bias, tail, length, scale, window, softcap, logits)
 

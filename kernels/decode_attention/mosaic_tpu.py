@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kvx.kernels.checks import dtype_refusal
 from kvx.kernels.decode_attention.call import LONGEST_RUN, Call, Found, with_tail_logits
 from kvx.kernels.decode_attention.mosaic_tpu_kernel import Facts, kernel, range_tile
 from kvx.kernels.decode_attention.operands import Operand, Rows
@@ -43,8 +44,8 @@ def refusal(call: Call) -> str | None:
     """Why the kernel cannot take the call; None if it can."""
     if call.length > LONGEST_RUN:
         return f"queries has {call.length} tokens a row, the kernel takes up to {LONGEST_RUN}"
-    if call.queries.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"queries has dtype {call.queries.dtype}, the kernel takes bfloat16 and float32"
+    if reason := dtype_refusal({"queries": call.queries.dtype}):
+        return reason
     for name, operand in (("keys", call.keys), ("values", call.values)):
         if reason := _operand_refusal(name, operand):
             return reason
@@ -58,7 +59,7 @@ def _operand_refusal(name: str, operand: Operand) -> str | None:
                 f"{name} has rows of {operand.width} channels along the lanes, the kernel takes multiples of {LANES}, "
                 "or rows with slots_last=True"
             )
-        return None
+        return dtype_refusal({name: operand.array.dtype}, (jnp.bfloat16, jnp.float32, jnp.int8, jnp.float8_e4m3fn))
     if operand.bits not in (2, 4, 8) or operand.lower is not None:
         kind = "nested codes" if operand.lower is not None else f"codes of {operand.bits} bits"
         return f"{name} has {kind}, the kernel takes plain ones of 2, 4 or 8"

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from kvx.kernels.checks import dtype_refusal
 from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 
@@ -48,7 +49,7 @@ def hadamard(
             return None
         if not 16 <= channels <= 256:
             return f"x has {channels} channels, it takes 16 to 256"
-        return _module(name).refusal(x, tuning)
+        return dtype_refusal({"x": x.dtype}) or _module(name).refusal(x, tuning)
 
     offered = {name: partial(_run, name) for name in NAMES}
     return choose("hadamard", implementation, offered, refusal)(x, axis=axis, tuning=tuning)

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.checks import check_masking, check_shape
 from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, width
 from kvx.kernels.merge_partials import Partial
@@ -58,7 +59,12 @@ def latent_decode_attention(
     Raises:
         ValueError: widths or slots that do not fit together, or arguments the named implementation cannot take.
     """
-    _check(queries, rows, key_positions, value_dim, slots_last)
+    _check(queries, rows, value_dim, slots_last)
+    batch, slots = len(queries), capacity(rows, slots_last)
+    check_shape("query_positions", query_positions, queries.shape[:2])
+    check_shape("key_positions", key_positions, (batch, slots))
+    check_shape("bias", bias, (batch, slots))
+    check_masking(window, softcap)
 
     def refusal(name: str) -> str | None:
         if name not in KERNELS:
@@ -96,22 +102,20 @@ def _attend(name: str, *arrays: Any, **options: Any) -> Partial:
 def _check(
     queries: Float[Array, "B T H D"],
     rows: Rows,
-    key_positions: Int[Array, "B C"] | None,
     value_dim: int,
     slots_last: bool,
 ) -> None:
+    check_shape("queries", queries, (None,) * 4)
+    check_shape("rows", rows.rotary if isinstance(rows, CodedRows) else rows, (len(queries), None, None))
     row, slots = width(rows, slots_last), capacity(rows, slots_last)
     if queries.shape[-1] != row:
         raise ValueError(f"queries have {queries.shape[-1]} channels, allowed: the {row} of rows")
     if not 0 < value_dim <= row:
         raise ValueError(f"value_dim is {value_dim}, allowed: 1 to the {row} channels of rows")
-    if key_positions is not None and key_positions.shape[-1] != slots:
-        raise ValueError(f"key_positions has {key_positions.shape[-1]} slots, allowed: the {slots} of rows")
     if isinstance(rows, CodedRows):
         if value_dim != rows.channels:
             raise ValueError(f"value_dim is {value_dim}, allowed with coded rows: their {rows.channels} coded channels")
-        if rows.codes.words.shape[1] != 1 or rows.codes.words.shape[-1] != slots:
-            shape = rows.codes.words.shape
-            raise ValueError(f"codes have words of shape {shape}, allowed: one KV head and the {slots} slots of rotary")
+        check_shape("codes.words", rows.codes.words, (len(queries), 1, None, slots))
+        check_shape("codes.ranges", rows.codes.ranges, (len(queries), 1, None, slots))
         if rows.codes.lower is not None:
             raise ValueError("codes have lower codes, allowed: None, since nested codes are read by their own store")

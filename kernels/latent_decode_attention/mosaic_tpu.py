@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.checks import dtype_refusal
 from kvx.kernels.implementations import LANES
-from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, width
+from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, dtypes, width
 from kvx.kernels.logits import visible
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.quantize_pack.coded import range_minimum, range_scale
@@ -58,7 +59,7 @@ def refusal(queries: Float[Array, "B T H D"], rows: Rows, value_dim: int, slots_
         )
     if tuning is not None and (not isinstance(tuning, Tuning) or tuning.slots % 128):
         return f"tuning is {tuning}, it takes its own Tuning with slots a multiple of 128"
-    return None
+    return dtype_refusal(dtypes(queries, rows))
 
 
 def latent_decode_attention(

@@ -43,6 +43,11 @@ def capacity(rows: Rows, slots_last: bool) -> int:
     return (rows.rotary if isinstance(rows, CodedRows) else rows).shape[2 if slots_last else 1]
 
 
+def dtypes(queries: Float[Array, "B T H D"], rows: Rows) -> dict[str, jnp.dtype]:
+    """Of what a kernel multiplies, by name."""
+    return {"queries": queries.dtype, "rows": (rows.rotary if isinstance(rows, CodedRows) else rows).dtype}
+
+
 def slots_first(rows: Rows, slots_last: bool) -> Float[Array, "B C D"]:
     """What the rows stand for, decoded if they are codes (float32 then), a slot to a row."""
     if not isinstance(rows, CodedRows):

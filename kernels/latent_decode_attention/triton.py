@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity
+from kvx.kernels.checks import dtype_refusal
+from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, dtypes
 from kvx.kernels.merge_partials import Partial, merge_axis
 from kvx.kernels.quantize_pack.coded import range_minimum, range_scale
 
@@ -72,7 +73,7 @@ def refusal(queries: Float[Array, "B T H D"], rows: Rows, value_dim: int, slots_
             return "codes have 3 bits, it takes 2, 4 or 8"
         if rows.codes.group * rows.codes.bits % 32:
             return f"codes have groups of {rows.codes.group}, it takes those that fill 32-bit words"
-    return None
+    return dtype_refusal(dtypes(queries, rows))
 
 
 def latent_decode_attention(

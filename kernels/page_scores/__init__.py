@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from kvx.kernels.checks import check_shape
 from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.page_scores import mosaic_tpu, reference, triton, xla
@@ -41,6 +42,7 @@ def page_scores(
     Raises:
         ValueError: bounds of another width, an unknown group, or a named implementation that cannot take the arguments.
     """
+    check_shape("bounds", bounds, (*queries.shape[:2], None, None))
     if bounds.shape[-1] != 2 * queries.shape[-1]:
         raise ValueError(
             f"bounds have {bounds.shape[-1]} channels, allowed are {2 * queries.shape[-1]}, twice the queries'"

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from kvx.kernels.checks import dtype_refusal
 from kvx.kernels.page_scores.rows import empty_as_lowest, split_by_sign
 
 
@@ -32,9 +33,7 @@ def refusal(queries: Float[Array, "B G R T D"], bounds: Float[Array, "B G P E"])
     """Why this implementation cannot take these arguments."""
     if bounds.shape[-1] % 128:
         return f"bounds have {bounds.shape[-1]} channels, allowed are multiples of 128"
-    if bounds.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"bounds are {bounds.dtype}, allowed are bfloat16 and float32"
-    return None
+    return dtype_refusal({"queries": queries.dtype, "bounds": bounds.dtype})
 
 
 def scores(

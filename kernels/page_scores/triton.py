@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from kvx.kernels.checks import dtype_refusal
 from kvx.kernels.page_scores.rows import empty_as_lowest, split_by_sign
 
 MOST_QUERIES = 128
@@ -45,9 +46,7 @@ def refusal(queries: Float[Array, "B G R T D"], bounds: Float[Array, "B G P E"])
         return f"D is {dim}, allowed are powers of two from 8 up"
     if many > MOST_QUERIES:
         return f"a KV head has {many} queries, allowed are at most {MOST_QUERIES}"
-    if bounds.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"bounds are {bounds.dtype}, allowed are bfloat16 and float32"
-    return None
+    return dtype_refusal({"queries": queries.dtype, "bounds": bounds.dtype})
 
 
 def scores(

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
+from kvx.kernels.checks import check_masking, check_shape
 from kvx.kernels.implementations import choose
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.prefill_attention import mosaic_tpu, reference, triton, xla, xla_backward
@@ -89,7 +90,9 @@ def prefill_attention(
         ValueError: shapes that do not fit together, a statistic that lacks lengths, or a named implementation that
             cannot take the arguments, before anything is compiled.
     """
-    _check(queries, keys, values, columns, lengths, segments, visibility)
+    sight = Sight(query_positions, key_positions, lengths, segments, visibility)
+    _check(queries, keys, values, sight, columns)
+    check_masking(window, softcap)
 
     def refusal(name: str) -> str | None:
         rules = {"triton": triton.refusal, "mosaic_tpu": mosaic_tpu.refusal}
@@ -102,20 +105,25 @@ def prefill_attention(
         options["tuning"] = tuning
     chosen = choose("prefill_attention", implementation, IMPLEMENTATIONS, refusal)
     name = next(name for name, function in IMPLEMENTATIONS.items() if function is chosen)
-    sight = Sight(query_positions, key_positions, lengths, segments, visibility)
     return differentiable(Call(chosen, REMEMBERING[name], options), queries, keys, values, sight)
 
 
-def _check(queries, keys, values, columns, lengths, segments, visibility) -> None:
+def _check(queries: Array, keys: Array, values: Array, sight: Sight, columns: tuple[Column, ...]) -> None:
+    check_shape("queries", queries, (None,) * 5)
+    check_shape("keys", keys, (None,) * 4)
     batch, kv_heads, _, length, dim = queries.shape
     if keys.shape[:2] != (batch, kv_heads) or keys.shape[3] != dim or keys.shape[2] < length:
         raise ValueError(f"keys have shape {keys.shape}, allowed is ({batch}, {kv_heads}, {length} or more, {dim})")
-    if values.shape[:3] != keys.shape[:3]:
-        raise ValueError(f"values have shape {values.shape}, allowed is {keys.shape[:3]} and any width")
+    check_shape("values", values, (*keys.shape[:3], None))
+    check_shape("query_positions", sight.query_positions, (batch, length))
+    check_shape("key_positions", sight.key_positions, keys.shape[:3])
+    check_shape("lengths", sight.lengths, (batch,))
+    for name, labels, size in zip(("queries", "keys"), sight.segments or (), (length, keys.shape[2]), strict=False):
+        check_shape(f"segments of {name}", labels, (batch, size))
     for column in columns:
-        if lengths is None and min(column.near, column.last) < inf:
+        if sight.lengths is None and min(column.near, column.last) < inf:
             raise ValueError(f"lengths is None, {column} needs the number of tokens of each row")
-    if visibility is not None and segments is None:
+    if sight.visibility is not None and sight.segments is None:
         raise ValueError(
             "visibility is a table but segments is None, allowed is a table with labels of queries and keys"
         )

@@ -24,6 +24,9 @@ class Column:
         near: only queries that come fewer than ceil(near * length) tokens after the key count; length is the row's.
         last: only the row's last floor(last * length) + 1 queries count.
         rise: what the last query counts for; those before it less, linearly down to 1.
+
+    Raises:
+        ValueError: when it is made, for another power or reduction: a kernel would take the first for 1.
     """
 
     power: int = 1
@@ -32,6 +35,12 @@ class Column:
     near: float = inf
     last: float = inf
     rise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.power not in (1, 2):
+            raise ValueError(f"power is {self.power}, allowed are 1 and 2")
+        if self.reduce not in ("sum", "max"):
+            raise ValueError(f"reduce is {self.reduce!r}, allowed are 'sum' and 'max'")
 
     def combine(self, first: Float[Array, "*shape"], second: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The statistic over two disjoint sets of queries."""

@@ -4,7 +4,7 @@ One layout for stores and kernels: little-end codes in words with slots last (`c
 The fused forms hold no array of single codes in main memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from kvx.kernels.checks import check_shape, dtype_refusal
 from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
@@ -71,13 +72,14 @@ def quantize_pack(
     Raises:
         ValueError: bits, group or along out of range, or what the named implementation cannot take.
     """
+    check_shape("rows", rows, (None,) * 4)
     channels, slots = rows.shape[-2:] if slots_last else rows.shape[:-3:-1]
     _check(channels, slots, bits, group, along)
     run = choose(
         "quantize_pack",
         implementation,
         {name: _split(name, "quantize_pack") for name in NAMES},
-        lambda name: _run(name, "refusal", channels, slots, bits, group, along, tuning),
+        lambda name: _refusal(name, {"rows": rows.dtype}, channels, slots, bits, group, along, tuning),
     )
     return run(rows, bits=bits, group=group, along=along, slots_last=slots_last, tuning=tuning)
 
@@ -109,7 +111,9 @@ def unpack_dequantize(
         "unpack_dequantize",
         implementation,
         {name: _split(name, "unpack_dequantize") for name in NAMES},
-        lambda name: _run(name, "refusal", codes.width, codes.slots, codes.bits, codes.group, along, tuning),
+        lambda name: _refusal(
+            name, {"what is decoded": dtype}, codes.width, codes.slots, codes.bits, codes.group, along, tuning
+        ),
     )
     return run(codes, dtype=jnp.dtype(dtype), slots_last=slots_last, tuning=tuning)
 
@@ -121,6 +125,12 @@ def _split(implementation: str, function: str) -> Callable[..., Any]:
         return run
     both = ROWS + KV_HEADS
     return lambda array, **options: over_mesh(partial(run, **options), [both], both)(array)
+
+
+def _refusal(implementation: str, dtypes: Mapping[str, DTypeLike], *facts: Any) -> str | None:
+    """Why it cannot take these facts of its arguments; None if it can."""
+    reason = dtype_refusal(dtypes) if implementation in KERNELS else None
+    return reason or _run(implementation, "refusal", *facts)
 
 
 def _run(implementation: str, function: str, *args: Any, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.checks import check_masking, check_shape
 from kvx.kernels.implementations import KERNELS, choose
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
@@ -64,7 +65,11 @@ def ragged_decode_attention(
     Raises:
         ValueError: arguments that do not belong together, or a named implementation that does not take them.
     """
-    value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window)
+    value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window, softcap)
+    check_shape("keys", keys, (len(queries), None, None))
+    check_shape("key_positions", key_positions, keys.shape[:2])
+    check_shape("starts", starts, queries.shape[:2])
+    check_shape("lengths", lengths, queries.shape[:2])
     rows = keys.shape[1]
     longest = rows if longest is None else longest
     if not 0 <= longest <= rows:
@@ -138,7 +143,11 @@ def paged_decode_attention(
     Raises:
         ValueError: arguments that do not belong together, or a named implementation that does not take them.
     """
-    value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window)
+    value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window, softcap)
+    check_shape("keys", keys, (None, None, None))
+    check_shape("key_positions", key_positions, keys.shape[:2])
+    check_shape("table", table, (*queries.shape[:2], None))
+    check_shape("lengths", lengths, queries.shape[:2])
     pages, page, _ = keys.shape
 
     def form(queries, keys, values, table, lengths, query_positions, key_positions):
@@ -225,12 +234,17 @@ def check(
     query_positions: Array | None,
     key_positions: Array | None,
     window: int | None,
+    softcap: float | None,
 ) -> int:
-    """Width of the values.
+    """Width of the values; keys are (..., E), and the values go along.
 
     Raises:
         ValueError: arguments that do not belong together.
     """
+    check_shape("queries", queries, (None,) * 5)
+    check_shape("values", values, (*keys.shape[:-1], None))
+    check_shape("query_positions", query_positions, (queries.shape[0], queries.shape[3]))
+    check_masking(window, softcap)
     dim, width = queries.shape[-1], keys.shape[-1]
     if values is not None and width != dim:
         raise ValueError(f"keys have {width} channels, allowed are the queries' {dim}")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kvx.kernels.checks import dtype_refusal
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.ragged_decode_attention.reads import Reads
 
@@ -62,9 +63,7 @@ def refusal(reads: Reads) -> str | None:
     for name, width in (("D", reads.queries.shape[-1]), ("V", reads.value_dim)):
         if width < 16 or width & (width - 1):
             return f"{name} is {width}, allowed are powers of two from 16 up"
-    if reads.keys.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"keys are {reads.keys.dtype}, allowed are bfloat16 and float32"
-    return None
+    return dtype_refusal({"queries": reads.queries.dtype, "keys": reads.keys.dtype})
 
 
 def attend(reads: Reads, scale: float, window: int | None, softcap: float | None, tuning: Tuning = Tuning()) -> Partial:

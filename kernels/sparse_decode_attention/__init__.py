@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.checks import check_shape
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.over_mesh import ROWS
 from kvx.kernels.ragged_decode_attention import BOTH, attend, check
@@ -55,6 +56,10 @@ def sparse_decode_attention(
     Raises:
         ValueError: arguments that do not belong together, or a named implementation that does not take them.
     """
+    value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window, softcap)
+    check_shape("keys", keys, (*queries.shape[:2], None, None))
+    check_shape("key_positions", key_positions, keys.shape[:3])
+    check_shape("chosen", chosen, (*queries.shape[:2], None, None, None))
     group, length = queries.shape[2:4]
     capacity, width = keys.shape[2:]
     sets, spread, count = chosen.shape[2:]
@@ -64,7 +69,6 @@ def sparse_decode_attention(
         raise ValueError(f"chosen has {sets} choices a KV head, allowed are divisors of its {group} query heads")
     if spread not in (1, length):
         raise ValueError(f"chosen has choices for {spread} queries, allowed are 1 or {length}")
-    value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window)
 
     def form(queries, keys, values, query_positions, key_positions, chosen):
         batch, heads = queries.shape[:2]

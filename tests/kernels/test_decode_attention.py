@@ -14,10 +14,11 @@ from kvx.eval.bench_kernels.calls import Call
 from kvx.kernels.arg_spec import ArgSpec
 from kvx.kernels.decode_attention import decode_attention, decode_probabilities
 from kvx.kernels.decode_attention.arg_specs import EXACT, build
-from kvx.kernels.decode_attention.operands import Rows
+from kvx.kernels.decode_attention.operands import Rows, Tail
 from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes
 from tests.kernels.lowering import NEW_ENOUGH
+from tests.kernels.unchecked import unchecked
 
 ON_GPU = jax.default_backend() == "gpu"
 
@@ -136,6 +137,12 @@ REFUSED = {
     "keys": Rows(jnp.zeros((2, 2, 64, 64))),
     "values": Rows(jnp.zeros((2, 2, 64, 64))),
 }
+EVERY = jnp.zeros((2, 1), jnp.int32)
+
+
+def tail(keys=(2, 2, 5, 64), values=(2, 2, 5, 64), positions=(2, 2, 5)) -> Tail:
+    with unchecked():
+        return Tail(jnp.zeros(keys), jnp.zeros(values), jnp.zeros(positions, jnp.int32))
 
 
 @pytest.mark.parametrize(
@@ -150,12 +157,25 @@ REFUSED = {
         ({"keys": Rows(jnp.zeros((2, 2, 64, 32)))}, "keys has rows of 32"),
         ({"keys": Rows(jnp.zeros((2, 2, 64, 64), jnp.int8), jnp.ones((2, 2, 1, 9)))}, "keys.scale has shape (2, 2, 1"),
         ({"values": ChannelCodes.encode(jnp.zeros((2, 2, 64, 64)), 4, 32)}, "values is ChannelCodes"),
+        ({"keys": jnp.zeros((1, 2, 64, 64))}, "keys has an array of shape (1, 2, 64, 64), allowed are (2, 2, ...)"),
+        ({"values": Rows(jnp.zeros((2, 1, 64, 64)))}, "values has an array of shape (2, 1, 64, 64)"),
+        ({"query_positions": jnp.zeros((1, 1), jnp.int32)}, "query_positions has shape (1, 1), allowed is (2, 1)"),
+        ({"tail": tail(positions=(2, 1, 5))}, "tail.positions has shape (2, 1, 5), allowed is (2, 2, any)"),
+        ({"tail": tail(keys=(2, 2, 4, 64))}, "tail.keys has shape (2, 2, 4, 64), allowed is (2, 2, 5, 64)"),
+        ({"tail": tail(values=(2, 2, 5, 32))}, "tail.values has shape (2, 2, 5, 32), allowed is (2, 2, 5, 64)"),
+        ({"values": Rows(jnp.zeros((2, 2, 64, 64), jnp.int8))}, "values has int8 numbers and no scale"),
+        ({"keys": Rows(jnp.zeros((2, 2, 64, 64), jnp.float8_e4m3fn))}, "keys has float8_e4m3fn numbers and no scale"),
+        (
+            {"query_positions": EVERY, "key_positions": jnp.zeros((2, 2, 64), jnp.int32), "window": 0},
+            "window is 0, allowed are None and integers from 1 up",
+        ),
+        ({"queries": jnp.zeros((2, 2, 3, 1, 64), jnp.float16), "implementation": "mosaic_tpu"}, "dtype float16"),
         ({"implementation": "mosaic_tpu"}, "slots_last=True"),
         ({"implementation": "mosaic_tpu", "queries": jnp.zeros((2, 2, 3, 17, 64))}, "17 tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(change, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with unchecked(), pytest.raises(ValueError, match=re.escape(words)):
         decode_attention(**{"scale": 0.125} | REFUSED | change)
 
 

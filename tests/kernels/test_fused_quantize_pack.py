@@ -65,6 +65,15 @@ def test_what_cannot_run_is_refused_with_a_sentence(options, sentence):
         quantize_pack(jnp.zeros((1, 1, 16, 64)), **{"bits": 4, "group": 32, "along": "channels"} | options)
 
 
+def test_a_dtype_that_kernels_do_not_take_is_refused():
+    rows = jnp.zeros((1, 1, 128, 64), jnp.float16)
+    with pytest.raises(ValueError, match="rows has dtype float16, it takes bfloat16 and float32"):
+        quantize_pack(rows, bits=8, group=32, along="channels", implementation="mosaic_tpu")
+    codes = TokenCodes.encode(jnp.zeros((1, 1, 128, 64)), 8, group=32)
+    with pytest.raises(ValueError, match="what is decoded has dtype float16"):
+        unpack_dequantize(codes, dtype=jnp.float16, implementation="mosaic_tpu")
+
+
 def test_words_that_fill_no_tile_of_a_tpu_are_refused():
     with pytest.raises(ValueError, match="a slot has 12 words, it takes up to 8 or multiples of 8"):
         quantize_pack(jnp.zeros((1, 1, 16, 128)), bits=3, group=32, along="channels", implementation="mosaic_tpu")

@@ -54,3 +54,8 @@ def test_an_outlier_channel_is_spread_over_all():
 def test_what_cannot_run_is_refused_with_a_sentence(shape, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         hadamard(jnp.zeros(shape), **options)
+
+
+def test_a_dtype_that_kernels_do_not_take_is_refused():
+    with pytest.raises(ValueError, match="x has dtype float16, it takes bfloat16 and float32"):
+        hadamard(jnp.zeros((2, 64), jnp.float16), implementation="mosaic_tpu")

@@ -11,6 +11,7 @@ from kvx.kernels.latent_decode_attention import CodedRows, latent_decode_attenti
 from kvx.kernels.latent_decode_attention.arg_specs import CI, NUMERIC
 from kvx.kernels.latent_decode_attention.operands import slots_first
 from kvx.kernels.quantize_pack.coded import TokenCodes
+from tests.kernels.unchecked import unchecked
 
 FAST = [spec for spec in NUMERIC if spec.argument_bytes() < 2**19]
 ON_GPU = jax.default_backend() == "gpu"
@@ -97,9 +98,18 @@ def coded(bits=8, heads=1, nested=False, slots_last=False):
     [
         (dict(queries=jnp.zeros((1, 1, 4, 40))), "queries have 40 channels, allowed: the 48 of rows"),
         (dict(value_dim=49), "value_dim is 49, allowed: 1 to the 48"),
-        (dict(key_positions=jnp.zeros((1, 9), int)), "key_positions has 9 slots, allowed: the 8"),
+        (dict(key_positions=jnp.zeros((1, 9), int)), r"key_positions has shape \(1, 9\), allowed is \(1, 8\)"),
+        (dict(bias=jnp.zeros((2, 8))), r"bias has shape \(2, 8\), allowed is \(1, 8\)"),
+        (dict(rows=jnp.zeros((2, 8, 48))), r"rows has shape \(2, 8, 48\), allowed is \(1, any, any\)"),
+        (dict(query_positions=jnp.zeros((1, 2), int)), r"query_positions has shape \(1, 2\), allowed is \(1, 1\)"),
+        (dict(window=0), "window is 0, allowed are None and integers from 1 up"),
+        (dict(softcap=-1.0), "softcap is -1.0, allowed are None and numbers above 0"),
+        (
+            dict(rows=jnp.zeros((1, 48, 8), jnp.float16), slots_last=True, implementation="mosaic_tpu"),
+            "rows has dtype float16, it takes bfloat16 and float32",
+        ),
         (dict(rows=coded(), value_dim=12), "value_dim is 12, allowed with coded rows: their 16"),
-        (dict(rows=coded(heads=2)), r"codes have words of shape \(1, 2, 4, 8\), allowed: one KV head"),
+        (dict(rows=coded(heads=2)), r"codes.words has shape \(1, 2, 4, 8\), allowed is \(1, 1, any, 8\)"),
         (dict(rows=coded(nested=True)), "codes have lower codes, allowed: None"),
         (
             dict(rows=coded(4, slots_last=True), slots_last=True, implementation="mosaic_tpu"),
@@ -119,7 +129,7 @@ def coded(bits=8, heads=1, nested=False, slots_last=False):
     ],
 )
 def test_what_cannot_run_is_refused_with_a_sentence(changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with unchecked(), pytest.raises(ValueError, match=sentence):
         call(**changes)
 
 

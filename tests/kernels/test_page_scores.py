@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvx.kernels.page_scores import page_scores
+from tests.kernels.unchecked import unchecked
 
 ON_GPU = jax.default_backend() == "gpu"
 needs_new = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas on GPUs needs jax 0.11")
@@ -41,6 +42,7 @@ def test_no_key_of_a_page_scores_higher_and_a_page_of_one_scores_as_its_key(seed
     ("changed", "message"),
     [
         ({"bounds": jnp.zeros((1, 2, 4, 8))}, "8 channels, allowed are 16"),
+        ({"bounds": jnp.zeros((1, 1, 4, 16))}, r"bounds has shape \(1, 1, 4, 16\), allowed is \(1, 2, any, any\)"),
         ({"group": "sum"}, "group is 'sum'"),
         ({"implementation": "mosaic_tpu"}, "16 channels, allowed are multiples of 128"),
         ({"implementation": "fastest"}, "'fastest'"),
@@ -48,5 +50,5 @@ def test_no_key_of_a_page_scores_higher_and_a_page_of_one_scores_as_its_key(seed
 )
 def test_what_it_cannot_take_is_refused(changed, message):
     given = {"queries": jnp.zeros((1, 2, 3, 1, 8)), "bounds": jnp.zeros((1, 2, 4, 16))}
-    with pytest.raises(ValueError, match=message):
+    with unchecked(), pytest.raises(ValueError, match=message):
         page_scores(**given | changed)

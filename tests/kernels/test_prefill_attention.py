@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvx.kernels.logits import SHARED
 from kvx.kernels.prefill_attention import prefill_attention
 from kvx.kernels.prefill_attention.columns import MAX, SQUARE, SUM, Column
+from tests.kernels.unchecked import unchecked
 
 VOTE = Column(last=0.2, rise=1.2)
 COLUMNS = (
@@ -171,6 +172,20 @@ REFUSED = {
     "a tuning of an implementation without one": (operands(), {"implementation": "xla", "tuning": 3}, "takes None"),
     "channels that a TPU kernel cannot take": (operands(), {"implementation": "mosaic_tpu"}, "16 channels"),
     "a statistic of near queries without lengths": (operands(), {"columns": (Column(near=0.5),)}, "lengths is None"),
+    "heads that are not there": (operands(values=(1, 1, 8, 16)), {}, r"values has shape \(1, 1, 8, 16\), allowed is"),
+    "positions of other queries": (
+        operands() | {"query_positions": jnp.zeros((1, 7), jnp.int32)},
+        {},
+        r"query_positions has shape \(1, 7\), allowed is \(1, 8\)",
+    ),
+    "lengths of another batch": (operands(), {"lengths": jnp.ones(2, jnp.int32)}, r"lengths has shape \(2,\)"),
+    "labels of other keys": (
+        operands(),
+        {"segments": (jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 9), jnp.int32))},
+        r"segments of keys has shape \(1, 9\)",
+    ),
+    "a window that shows nothing": (operands(), {"window": 0}, "window is 0, allowed are None and integers from 1"),
+    "a cap that is none": (operands(), {"softcap": 0.0}, "softcap is 0.0, allowed are None and numbers above 0"),
     "a table without labels": (operands(), {"visibility": jnp.ones((2, 2), bool)}, "segments is None"),
 }
 
@@ -178,8 +193,17 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_before_compilation(case):
     arguments, more, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
+    with unchecked(), pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: prefill_attention(**arguments, **more))
+
+
+@pytest.mark.parametrize(
+    ("of", "sentence"),
+    [({"power": 3}, "power is 3, allowed are 1 and 2"), ({"reduce": "mean"}, "reduce is 'mean', allowed are 'sum'")],
+)
+def test_a_statistic_that_no_kernel_knows_is_refused_when_it_is_made(of, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Column(**of)
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax has what Triton kernels need")

@@ -12,6 +12,7 @@ from kvx.kernels.merge_partials import Partial, merge_partials
 from kvx.kernels.ragged_decode_attention import paged_decode_attention, ragged_decode_attention
 from kvx.kernels.ragged_decode_attention.arg_specs import paged, ragged
 from tests.kernels.interpreting import interpreted_without_races
+from tests.kernels.unchecked import unchecked
 
 ON_GPU = jax.default_backend() == "gpu"
 NEW = jax.__version_info__ >= (0, 11)
@@ -142,10 +143,15 @@ def test_no_name_picks_the_kernel_of_the_platform_compiled_for():
         ({"value_dim": 5}, "value_dim is 5"),
         ({"keys": KEYS[..., :7]}, "7 channels"),
         ({"query_positions": jnp.zeros((2, 1), jnp.int32)}, "together"),
+        ({"keys": KEYS[:1], "values": VALUES[:1]}, r"keys has shape \(1, 48, 8\), allowed is \(2, any, any\)"),
+        ({"values": VALUES[:, 1:]}, r"values has shape \(2, 47, .\), allowed is \(2, 48, any\)"),
+        ({"starts": jnp.ones((2, 1), jnp.int32)}, r"starts has shape \(2, 1\), allowed is \(2, 3\)"),
+        ({"lengths": jnp.ones((1, 3), jnp.int32)}, r"lengths has shape \(1, 3\), allowed is \(2, 3\)"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
     ],
 )
 def test_what_it_cannot_take_is_refused(changed, message):
     lengths = jnp.ones((2, 3), jnp.int32)
     given = {"queries": QUERIES, "keys": KEYS, "values": VALUES, "starts": lengths, "lengths": lengths, "scale": 1.0}
-    with pytest.raises(ValueError, match=message):
+    with unchecked(), pytest.raises(ValueError, match=message):
         ragged_decode_attention(**given | changed)

@@ -11,6 +11,7 @@ from kvx.kernels.decode_attention import decode_attention
 from kvx.kernels.sparse_decode_attention import sparse_decode_attention
 from kvx.kernels.sparse_decode_attention.arg_specs import sparse
 from tests.kernels.interpreting import interpreted_without_races
+from tests.kernels.unchecked import unchecked
 
 ON_GPU = jax.default_backend() == "gpu"
 needs_new = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas on GPUs needs jax 0.11")
@@ -95,10 +96,14 @@ def test_mosaic_tpu_reads_only_chosen_pages_without_a_race():
         ({"implementation": "mosaic_tpu"}, "a row has 8 channels"),
         ({"implementation": "triton"}, r"jax is|D is 8"),
         ({"value_dim": 9}, "value_dim is 9"),
+        ({"window": 0}, "window is 0, allowed are None and integers from 1 up"),
+        ({"softcap": -2.0}, "softcap is -2.0"),
+        ({"keys": KEYS[:, :1], "values": VALUES[:, :1], "key_positions": SLOTS[:, :1]}, r"keys has shape \(1, 1, "),
+        ({"query_positions": jnp.zeros((2, 2), jnp.int32)}, r"query_positions has shape \(2, 2\)"),
     ],
 )
 def test_what_it_cannot_take_is_refused(changed, message):
     given = {"queries": QUERIES, "keys": KEYS, "values": VALUES, "query_positions": AT, "key_positions": SLOTS}
     given |= {"chosen": jnp.zeros((1, 2, 1, 1, 1), jnp.int32), "page": 4, "scale": 1.0}
-    with pytest.raises(ValueError, match=message):
+    with unchecked(), pytest.raises(ValueError, match=message):
         sparse_decode_attention(**given | changed)
