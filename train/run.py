@@ -99,14 +99,14 @@ def run_job(
 
     Args:
         resume: go on from the newest checkpoint, without converting again; stages that are over are only read.
-        seconds: after which training stops in this call, for one process; None: never.
+        seconds: from this call on, after which training stops, for one process; None: never.
         tensorboard: write its files beside the metrics.
         console: of the progress; None: standard error.
 
     Raises:
         BadInput: a job that cannot run; a folder that holds another run, or this one without `resume`.
     """
-    shown = console or Console(stderr=True)
+    shown, stop = console or Console(stderr=True), Interruption(seconds)
     shapes = check_job(job)
     check_folder(job, resume)
     material = read_material(job, shapes)
@@ -117,7 +117,7 @@ def run_job(
         student, facts = start(source, material, resume, shown)
         teacher = _teacher(job, source)
     folder, steps, stopped = run_folder(job), [], False
-    with Interruption(seconds) as stop:
+    with stop:
         for stage in range(len(job.stages)):
             trainer = _trainer(material, stage, student, teacher, facts, stop, tensorboard, shown)
             outcome = trainer.run(resume)
