@@ -39,6 +39,6 @@ def check_room(job: Job, tokenizer: Tokenizer, samples: Sequence[Any], positions
     need = max(len(each.contexts[0]) + len(each.questions[0][0]) - 1 + each.room for each in asked)
     if need > positions:
         raise BadInput(
-            f"evaluate.passkey_length={job.evaluate.passkey_length} makes {need} tokens with the answer; allowed: at most "
-            f"{positions}, the model's positions"
+            f"evaluate.passkey_length={job.evaluate.passkey_length} makes {need} tokens with the answer; allowed: at "
+            f"most {positions}, the model's positions"
         )

@@ -9,6 +9,7 @@ from kvx.models.build import random_model
 from kvx.models.deepseek import as_deepseek, save_deepseek
 from kvx.models.latent_layers import SECTION, LatentLayer, section
 from kvx.models.mla import LatentConfig
+from kvx.train.convert import measure_moments, parse_recipe
 from tests import tiny_latent
 from tests.models.tiny_configs import LLAMA, QWEN2
 
@@ -48,9 +49,22 @@ def made(widths: list, frequencies: np.ndarray, magnitude: float, base: dict = L
     return model
 
 
-@pytest.mark.parametrize("case", CASES)
+CONVERSIONS = (
+    "x_ecomla(rank=24, rotary=8, query_rank=40)",
+    "mha2mla(rank=24, rotary=8, choice='high')",
+    "transmla(rank=24, rotary=8, norm=True)",
+    "by_effect(rank=24, rotary=8, spread=True)",
+)
+
+
+def converted(text: str):
+    source, texts = random_model(LLAMA), np.random.default_rng(1).integers(0, 256, (4, 32))
+    return parse_recipe(text)(source, measure_moments(source, [texts]))[0]
+
+
+@pytest.mark.parametrize("case", [*CASES, *CONVERSIONS])
 def test_logits_agree(case, tmp_path):
-    model = made(*CASES[case])
+    model = made(*CASES[case]) if case in CASES else converted(case)
     save_deepseek(model, None, tmp_path / "model")
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.float32, attn_implementation="eager", output_loading_info=True

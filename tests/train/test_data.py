@@ -150,7 +150,7 @@ def test_a_state_of_another_text_is_refused():
         ([[{"role": "user", "content": "a"}]], [[{"role": "user", "content": "b"}]]),
     ):
         first, second = (text_batches(each, ENCODING, sequence=8, batch=1) for each in (before, after))
-        with pytest.raises(BadInput, match="the data's text is '.*', and was '"):
+        with pytest.raises(BadInput, match=r"the data's text is '.*', and was '"):
             second.set_state(first.get_state())
     pairs = [{"prompt": "a", "chosen": chosen, "rejected": "c"} for chosen in "de"]
     first, second = (pair_batches([each], TOKENIZER, sequence=8, prompt=4, batch=1) for each in pairs)

@@ -4,14 +4,17 @@ import json
 import random
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
 import kvx
 from kvx.cli import main
 from kvx.models.build import random_model
 from kvx.train import start
+from kvx.train.convert import recipe
 from tests.tiny import CONFIG
 from tests.train.letters import letters
 from tests.train.test_processes import together
@@ -192,6 +195,39 @@ def test_preferences_that_are_resumed_keep_the_reference_that_they_began_with(fo
     assert status == 0 and [line["loss"] for line in parts] == [line["loss"] for line in one]
     assert one[0]["loss"] == pytest.approx(np.log(2), rel=1e-6) and one[0]["margin"] == 0
     assert abs(parts[1]["margin"]) > 1e-3, "the reference is not the student that was resumed"
+
+
+def finished(capsys, folder, name, *changes):
+    """What a job of one stage says at its end, and the models before and after it."""
+    stage = "stages=[{{steps=6, batch=8, learning_rate=3e-3, compute_dtype='float32', loss={{ce=1.0}}{}}}]"
+    changes = [stage.format(changes[0]), "evaluate.policies=[]", *changes[1:]]
+    status, out, _ = call(capsys, folder / "job.toml", "--json", f"output={folder}/{name}", *changes)
+    result = json.loads(out)
+    assert status == 0 and result["finished"] and result["held_out"][1] < result["held_out"][0]
+    return result, kvx.load(folder / "source", dtype="float32")[0], kvx.load(folder / name / "model")[0]
+
+
+@pytest.mark.slow
+def test_attention_alone_is_trained_where_some_layers_are_converted(folder, capsys):
+    """What was converted, and nothing else: the other layer, its attention too, stays bit for bit."""
+    rows = ["convert.recipe=x_ecomla", "convert.layers=[1]", "convert.options={rank=48, rotary=16}"]
+    _, source, student = finished(capsys, folder, "hybrid", ", train='attention'", *rows)
+    assert [block.spec.latent for block in student.blocks] == [False, True]
+    latent = [recipe("x_ecomla", rank=48, rotary=16, layers=(1,))(source)[0], student]
+    begun, ended = ({jax.tree_util.keystr(path): leaf for path, leaf in leaves_with_path(each)} for each in latent)
+    moved = {name for name, leaf in ended.items() if not np.array_equal(leaf, begun[name])}
+    assert moved == {name for name in ended if ".blocks[1].attention." in name and "frequencies" not in name}
+
+
+@pytest.mark.slow
+def test_fewer_heads_are_trained_as_any_conversion_is(folder, capsys):
+    rows = ["convert.recipe=gqa", "convert.layers=all", "convert.options={kv_heads=1}"]
+    result, source, student = finished(capsys, folder, "grouped", "", *rows)
+    assert result["before"] == 2 * result["after"]
+    assert [block.spec.kv_heads for block in student.blocks] == [1, 1]
+    pooled, _ = recipe("gqa", kv_heads=1)(source)
+    kernels = [each.blocks[0].attention.qkv.kernel[...] for each in (pooled, student)]
+    assert 0 < np.abs(kernels[0] - kernels[1]).max() < 0.1, "trained from the pooled heads on"
 
 
 @pytest.mark.slow
