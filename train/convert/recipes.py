@@ -85,6 +85,11 @@ def x_ecomla(
 
     Weights only. Positions have to be learned again: see `SharedMean`.
 
+    The released code repeats keys and values to all H = g G query heads before its SVD, this one does not. The product
+    and the ranks by energy are the same, but with singular values "down" its latent is sqrt(g) times larger and its up
+    projections as much smaller. Adam moves every entry by the learning rate: here the product follows the down
+    projection more by sqrt(g), and the up projection less. What `train/RESULTS.md` reports began from this start.
+
     Args:
         rank: latent channels; with `energy`, of the first and the last layer.
         rotary: channels of the rotary key.

@@ -95,16 +95,19 @@ def test_full_rank_is_exact(how):
 
 def test_repeating_heads_changes_sizes_and_nothing_else():
     """X-EcoMLA stacks keys and values repeated to all query heads: V^T is that of the stack without repeats, singular
-    values are larger by sqrt(g), and so energy ranks are equal."""
+    values are larger by sqrt(g) and U's rows smaller, and so energy ranks are equal."""
     source = layers.source()
     keys, values = (rows[:, :, :-1] for rows in (source.key, source.value))
     once = np.concatenate([keys.reshape(-1, 64), values.reshape(-1, 64)])
     often = np.concatenate([np.repeat(rows, source.group, axis=0).reshape(-1, 64) for rows in (keys, values)])
-    _, spectrum, right = np.linalg.svd(once, full_matrices=False)
-    _, repeated, same = np.linalg.svd(often, full_matrices=False)
+    left, spectrum, right = np.linalg.svd(once, full_matrices=False)
+    copies, repeated, same = np.linalg.svd(often, full_matrices=False)
     count = len(spectrum) - 1  # the last singular value of a square matrix may be tiny
     np.testing.assert_allclose(repeated[: len(spectrum)], np.sqrt(source.group) * spectrum, atol=EXACT)
     np.testing.assert_allclose(np.abs(np.sum(right * same[: len(right)], axis=1))[:count], 1, atol=1e-6)
+    heads = left.reshape(2, source.kv_heads, source.head_dim, -1)  # keys and values
+    expected = np.repeat(heads, source.group, axis=1).reshape(len(copies), -1) / np.sqrt(source.group)
+    np.testing.assert_allclose(np.abs(copies[:, :count]), np.abs(expected[:, :count]), atol=1e-6)
     for share in (0.3, 0.7, 0.95):
         assert Energy(share)([spectrum]) == Energy(share)([repeated])
 
