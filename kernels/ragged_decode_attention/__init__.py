@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.checks import check_masking, check_shape
-from kvx.kernels.implementations import KERNELS, choose
+from kvx.kernels.implementations import KERNELS, LANES, choose
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.over_mesh import KV_HEADS, ROWS, over_mesh
 from kvx.kernels.ragged_decode_attention import mosaic_tpu, reference, triton, xla
@@ -88,7 +88,7 @@ def ragged_decode_attention(
             1,
             longest,
             _listed(query_positions, queries),
-            None if key_positions is None else key_positions.reshape(-1),
+            key_positions,
         )
         return reads, _by_head(queries)
 
@@ -117,7 +117,7 @@ def paged_decode_attention(
     table: Int[Array, "B G P"],
     lengths: Int[Array, "B G"],
     query_positions: Int[Array, "B T"] | None = None,
-    key_positions: Int[Array, "N p"] | None = None,
+    key_positions: Int[Array, "M"] | None = None,
     *,
     scale: float,
     value_dim: int | None = None,
@@ -135,7 +135,9 @@ def paged_decode_attention(
         keys, values: N pages of p slots.
         table: page of each p slots of a head, in order; arbitrary beyond its length.
         lengths: slots of each head, at most P p; 0 gives (0, -inf).
-        query_positions, key_positions, scale, value_dim, window, softcap, implementation, tuning: as there.
+        key_positions: true positions of all pages' slots in one run, -1 where one is empty; M is at least N p. A TPU
+            reads them where they are if M is a multiple of 128.
+        query_positions, scale, value_dim, window, softcap, implementation, tuning: as there.
 
     Returns:
         out (B, G, R, T, V) and lse (B, G, R, T), float32.
@@ -145,10 +147,13 @@ def paged_decode_attention(
     """
     value_dim = check(queries, keys, values, value_dim, query_positions, key_positions, window, softcap)
     check_shape("keys", keys, (None, None, None))
-    check_shape("key_positions", key_positions, keys.shape[:2])
     check_shape("table", table, (*queries.shape[:2], None))
     check_shape("lengths", lengths, queries.shape[:2])
     pages, page, _ = keys.shape
+    if key_positions is not None and (key_positions.ndim != 1 or key_positions.size < pages * page):
+        raise ValueError(
+            f"key_positions has shape {key_positions.shape}, allowed is one axis of {pages * page} slots or more"
+        )
 
     def form(queries, keys, values, table, lengths, query_positions, key_positions):
         reads = Reads(
@@ -162,7 +167,7 @@ def paged_decode_attention(
             page,
             table.shape[-1] * page,
             _listed(query_positions, queries),
-            None if key_positions is None else key_positions.reshape(-1),
+            None if key_positions is None else _by_lanes(key_positions),
         )
         return reads, _by_head(queries)
 
@@ -260,6 +265,11 @@ def check(
     if window is not None and key_positions is None:
         raise ValueError(f"window is {window}, without positions allowed is None")
     return found
+
+
+def _by_lanes(positions: Int[Array, "M"]) -> Int[Array, "m 128"]:
+    """Cut to rows of whole lanes, which moves nothing where they fill them."""
+    return jnp.pad(positions, (0, -len(positions) % LANES)).reshape(-1, LANES)
 
 
 def _positions(positions: Int[Array, "B T"] | None, queries: Float[Array, "B G R T D"]) -> Int[Array, "B T"]:

@@ -21,6 +21,9 @@ MODELS = {
 }
 """KV heads, query heads a KV head, head dim."""
 
+WIDE = {"gemma-3-4b": (4, 2, 256)}
+"""The same of heads wider than lanes."""
+
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 8e-3}
 
 
@@ -81,31 +84,33 @@ def paged(
         arrays |= {"table": table, "lengths": jnp.maximum(slots - short, 0)}
         if new:
             place = jnp.zeros((total, page), jnp.int32).at[table].set(jnp.arange(pages * page).reshape(pages, page))
-            arrays["key_positions"] = place
+            arrays["key_positions"] = place.reshape(-1)
             arrays["query_positions"] = jnp.broadcast_to(slots - page - new + jnp.arange(new), (batch, new))
         return arrays
 
     return build
 
 
-def _call(model: str, batch: int, slots: int, page: int | None, dtype: Any, **options: Any) -> ArgSpec:
-    shape = MODELS[model]
+def _call(model: str, batch: int, slots: int, page: int | None, new: int = 0, **options: Any) -> ArgSpec:
+    """One token, all slots of a run seen; or as stores call, with true positions of `new` tokens."""
+    shape = (MODELS | WIDE)[model]
     heads, group, dim = shape
-    joined = options.pop("joined", dim % 128 != 0)
-    build = (
-        ragged(batch, shape, slots, dtype, joined) if page is None else paged(batch, shape, slots, page, dtype, joined)
-    )
+    dtype, joined = BF16, dim % 128 != 0
+    if page is None:
+        build = ragged(batch, shape, slots, dtype, joined, new)
+    else:
+        build = paged(batch, shape, slots, page, dtype, joined, new)
     kind = "runs" if page is None else f"pages of {page}"
     return ArgSpec(
-        f"{model} b{batch} {slots} {kind}",
+        f"{model} b{batch} {slots} {kind}{' by positions' if new else ''}{' window' if 'window' in options else ''}",
         build,
         {"scale": dim**-0.5, **options},
         TOLERANCE[dtype],
         function=None if page is None else "paged_decode_attention",
-        compares={
-            "B": batch, "H": heads * group, "G": heads, "T": 1, "S": slots, "D": dim, "causal": False
-        },
-    )  # fmt: skip
+        compares=None
+        if new
+        else {"B": batch, "H": heads * group, "G": heads, "T": 1, "S": slots, "D": dim, "causal": False},
+    )
 
 
 def _small(name: str, build: Callable[[jax.Array], dict[str, Any]], dtype: Any, pages: bool, **options: Any) -> ArgSpec:
@@ -129,15 +134,15 @@ NUMERIC = (
     _small("pages, MQA, D 256, length 1", paged(2, (1, 1, 256), 16, 16, BF16), BF16, True),
 )
 
-AOT = tuple(
-    _call(model, batch, slots, page, BF16)
-    for model in MODELS
-    for batch in (1, 8, 64)
-    for slots in (4096, 32768)
-    for page in (None, 16, 64)
+SIZES = tuple((batch, slots, page) for batch in (1, 8, 64) for slots in (4096, 32768) for page in (None, 16, 64))
+
+AOT = (
+    *(_call(model, *size) for model in MODELS for size in SIZES),
+    *(_call(model, *size, new=1) for model in MODELS | WIDE for size in SIZES),
+    *(_call(*WIDE, 8, 32768, page, new=1, window=1024) for page in (None, 16)),
 )
 
 CI = (
-    _call("llama-3-8b", 8, 32768, None, BF16),
-    _call("llama-3.2-1b", 8, 4096, 16, BF16),
+    _call("llama-3-8b", 8, 32768, None, new=1),
+    _call("llama-3.2-1b", 8, 4096, 16, new=1),
 )

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from kvx.kernels.implementations import LANES
 from kvx.kernels.merge_partials import Partial
+from kvx.kernels.ragged_decode_attention.mosaic_tpu_positions import Positions
 from kvx.kernels.ragged_decode_attention.reads import Reads
 
 LOWEST = -1e30
@@ -53,6 +54,8 @@ def refusal(reads: Reads) -> str | None:
         return f"there are {reads.keys.shape[0]} rows, allowed are multiples of {tile}"
     if reads.table is not None and reads.page % tile:
         return f"a page has {reads.page} slots, allowed are multiples of {tile}"
+    if reads.table is not None and reads.key_positions is not None and LANES % reads.page and reads.page % LANES:
+        return f"a page has {reads.page} slots, with positions allowed are divisors and multiples of {LANES}"
     if reads.queries.shape[1] > MOST_QUERIES:
         return f"a KV head has {reads.queries.shape[1]} queries, allowed are at most {MOST_QUERIES}"
     return None
@@ -80,17 +83,15 @@ def attend(reads: Reads, scale: float, window: int | None, softcap: float | None
         return array, pl.BlockSpec((None, *array.shape[1:]), index, memory_space=space)
 
     operands: dict[str, tuple[Array, pl.BlockSpec]] = {"queries": listed(queries)}
-    if reads.key_positions is not None and reads.query_positions is not None:
-        operands["query_positions"] = listed(reads.query_positions[..., None])
-        operands["key_positions"] = listed(_positions_by_column(reads, block)[:, None])
     if reads.table is not None:
         table = reads.table[:, None]
         operands["table"] = listed(table, this, pltpu.SMEM)
         operands["next_table"] = listed(table, following, pltpu.SMEM)
+    in_place = pl.BlockSpec(memory_space=pltpu.HBM)
     for name, array in (("keys", reads.keys), ("values", reads.values)):
         if array is not None:
             shape = (-1, reads.page, array.shape[1]) if reads.table is not None else array.shape
-            operands[name] = (array.reshape(shape), pl.BlockSpec(memory_space=pltpu.HBM))
+            operands[name] = (array.reshape(shape), in_place)
     buffers = [
         pltpu.VMEM((2, block // reads.page, reads.page, array.shape[1]), array.dtype)
         if reads.table is not None
@@ -98,6 +99,12 @@ def attend(reads: Reads, scale: float, window: int | None, softcap: float | None
         for array in (reads.keys, reads.values)
         if array is not None
     ]
+    positions = None
+    if reads.key_positions is not None and reads.query_positions is not None:
+        positions = Positions.of(reads, block)
+        operands["query_positions"] = listed(reads.query_positions[..., None])
+        operands["key_positions"] = (positions.held(reads.key_positions), in_place)
+        buffers.append(positions.buffers)
     body = partial(
         _attend,
         names=tuple(operands),
@@ -106,6 +113,7 @@ def attend(reads: Reads, scale: float, window: int | None, softcap: float | None
         rows=reads.keys.shape[0],
         block=block,
         tile=_sublanes(reads),
+        positions=positions,
         scale=scale,
         window=window,
         softcap=softcap,
@@ -150,20 +158,6 @@ def _first_row(start: Any, step: Any, block: int, tile: int, rows: int) -> Any:
     return jnp.minimum(start - lax.rem(start, jnp.int32(tile)) + step * block, rows - block)
 
 
-def _positions_by_column(reads: Reads, block: int) -> Int[Array, "L C"]:
-    """True positions of what the columns of a list's blocks hold."""
-    blocks = -(-(reads.longest + (_sublanes(reads) if reads.table is None else 0)) // block)
-    if reads.slot_positions is not None:
-        beyond = blocks * block - reads.slot_positions.shape[1]
-        return jnp.pad(reads.slot_positions, ((0, 0), (0, beyond)), constant_values=-1)
-    if reads.table is not None:
-        slots = jnp.broadcast_to(jnp.arange(blocks * block), (len(reads.lengths), blocks * block))
-        return reads.key_positions[reads.rows(slots)]  # type: ignore[index]
-    steps = jnp.arange(blocks)
-    first = _first_row(reads.starts[:, None], steps, block, _sublanes(reads), reads.keys.shape[0])  # type: ignore[index]
-    return reads.key_positions[first[..., None] + jnp.arange(block)].reshape(len(reads.lengths), -1)  # type: ignore[index]
-
-
 def _attend(
     lengths_ref: Any,
     starts_ref: Any,
@@ -174,6 +168,7 @@ def _attend(
     rows: int,
     block: int,
     tile: int,
+    positions: Positions | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -181,9 +176,12 @@ def _attend(
     given = dict(zip(names, refs[: len(names)], strict=True))
     out_ref, lse_ref, *buffers, arrived, turn_ref = refs[len(names) :]
     sources = [given[name] for name in ("keys", "values") if name in given]
+    if positions is not None:
+        *buffers, positions_buffer = buffers
     step = pl.program_id(1)
     one = pl.program_id(0) * per_half + step
     pages = block // page
+    parts = 0 if positions is None else positions.pieces // pages
 
     def past_edge(which: Any) -> Any:
         return lax.rem(starts_ref[which], jnp.int32(tile))
@@ -196,6 +194,10 @@ def _attend(
     def blocks(which: Any) -> Any:
         return pl.cdiv(span(which), block)
 
+    def copy_positions(own: Any, first: Any, slot: Any, index: Any, act: Any) -> None:
+        source, buffer = positions.around(given["key_positions"], own, first), positions_buffer.at[slot, index]
+        act(pltpu.make_async_copy(source, buffer, arrived.at[slot]))
+
     def each_copy(which: Any, turn: Any, slot: Any, table_ref: Any, act: Any) -> None:
         """`act` on every copy of block `turn`; none for a block that the list does not have."""
         if table_ref is None:
@@ -205,6 +207,8 @@ def _attend(
                 first = pl.multiple_of(_first_row(starts_ref[which], turn, block, tile, rows), tile)
                 for source, buffer in zip(sources, buffers, strict=True):
                     act(pltpu.make_async_copy(source.at[pl.ds(first, block)], buffer.at[slot], arrived.at[slot]))
+                if positions is not None:
+                    copy_positions(starts_ref[which], first, slot, 0, act)
 
             return
         count = jnp.clip(pl.cdiv(lengths_ref[which], page) - turn * pages, 0, pages)
@@ -214,6 +218,9 @@ def _attend(
             number = table_ref[0, turn * pages + index]
             for source, buffer in zip(sources, buffers, strict=True):
                 act(pltpu.make_async_copy(source.at[number], buffer.at[slot, index], arrived.at[slot]))
+            for part in range(parts):
+                row = number * page + part * positions.piece
+                copy_positions(row, row, slot, index * parts + part, act)
 
     def start(which: Any, turn: Any, slot: Any, table_ref: Any) -> None:
         each_copy(which, turn, slot, table_ref, lambda copy: copy.start())
@@ -253,7 +260,8 @@ def _attend(
         keys = buffers[0][slot].reshape(block, -1)
         values = buffers[-1][slot].reshape(block, -1)
         if table_ref is None:
-            first = _first_row(starts_ref[one], turn, block, tile, rows) - starts_ref[one]
+            first_row = _first_row(starts_ref[one], turn, block, tile, rows)
+            first = first_row - starts_ref[one]
             done = jnp.where(turn > 0, turn * block - past_edge(one), 0)
         else:
             first, done = turn * block, 0
@@ -267,8 +275,16 @@ def _attend(
         logits = scale * _dot(queries, keys, 1)
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
-        if "key_positions" in given:
-            here = given["key_positions"][:, pl.ds(pl.multiple_of(turn * block, LANES), block)]
+        if positions is not None:
+
+            def offset(index: int) -> Any:
+                if table_ref is None:
+                    return positions.offset(starts_ref[one], first_row)
+                number = table_ref[0, jnp.minimum(turn * pages + index // parts, table_ref.shape[1] - 1)]
+                row = jnp.maximum(number, 0) * page + index % parts * positions.piece
+                return positions.offset(row, row)
+
+            here = positions.in_order(positions_buffer.at[slot], offset)
             of_queries = given["query_positions"][...]
             seen = seen & (here >= 0) & (here <= of_queries)
             if window is not None:

@@ -26,8 +26,9 @@ class Reads:
         table: pages of each list that is not; entries beyond its length are arbitrary.
         page: rows a page, 1 for a run.
         longest: static bound on `lengths`.
-        query_positions, key_positions: true positions, the latter by row, -1 where empty; None: every slot is seen.
-        slot_positions: the latter by slot of each list, for who cannot look them up in passing; None: look them up.
+        query_positions: true positions; None: every slot is seen.
+        key_positions: true positions by row, -1 where empty; as they lie, the last axis of consecutive slots, and more
+            than N of them if they have to fill it.
     """
 
     queries: Float[Array, "L M D"]
@@ -40,8 +41,7 @@ class Reads:
     page: int
     longest: int
     query_positions: Int[Array, "L M"] | None
-    key_positions: Int[Array, "N"] | None
-    slot_positions: Int[Array, "L C"] | None = None
+    key_positions: Int[Array, "*lead A C"] | None
 
     def rows(self, slots: Int[Array, "L S"]) -> Int[Array, "L S"]:
         """The row of each slot, in range also where the list has none."""
@@ -57,10 +57,15 @@ class Reads:
         held = ((slots >= 0) & (slots < self.lengths[:, None]))[:, None]
         if self.key_positions is None or self.query_positions is None:
             return jnp.broadcast_to(held, (*self.queries.shape[:2], slots.shape[1]))
-        keys = self.key_positions[self.rows(slots)][:, None]
+        keys = self.key_positions.reshape(-1)[self.rows(slots)][:, None]
         queries = self.query_positions[..., None]
         held = held & (keys >= 0) & (keys <= queries)
         return held if window is None else held & (queries - keys < window)
+
+
+def slots_of(pages: Int[Array, "*lists n"], page: int) -> Int[Array, "*lists n p"]:
+    """Indices of the slots of some pages, in a run of all pages' slots."""
+    return pages[..., None] * page + jnp.arange(page)
 
 
 def by_list(array: Array) -> Array:

@@ -83,7 +83,7 @@ def attend(reads: Reads, scale: float, window: int | None, softcap: float | None
         "starts": reads.starts,
         "table": reads.table,
         "query_positions": reads.query_positions if reads.key_positions is not None else None,
-        "key_positions": reads.key_positions,
+        "key_positions": None if reads.key_positions is None else reads.key_positions.reshape(-1),
     }
     operands = {name: array for name, array in operands.items() if array is not None}
     params = plgpu.CompilerParams(num_warps=tuning.warps, num_stages=tuning.stages)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from kvx.kernels.decode_attention import decode_attention
 from kvx.kernels.logits import partial_softmax, scaled_logits, visible
 from kvx.kernels.merge_partials import Partial, merge_partials
+from kvx.kernels.ragged_decode_attention.reads import slots_of
 
 BLOCK = 128
 """Slots of a run taken per turn of the loop."""
@@ -86,7 +87,7 @@ def attend_pages(
     table: Int[Array, "B G P"],
     lengths: Int[Array, "B G"],
     query_positions: Int[Array, "B T"],
-    key_positions: Int[Array, "N p"] | None,
+    key_positions: Int[Array, "M"] | None,
     *,
     value_dim: int,
     scale: float,
@@ -104,7 +105,11 @@ def attend_pages(
         pages = jnp.maximum(table[..., jnp.minimum(runs, table.shape[-1] - 1)], 0)
         place = (runs[:, None] * page + jnp.arange(page)).reshape(-1)
         shape = (*lengths.shape, per_turn * page)
-        slots = jnp.zeros(shape, jnp.int32) if key_positions is None else key_positions[pages].reshape(shape)
+        slots = (
+            jnp.zeros(shape, jnp.int32)
+            if key_positions is None
+            else key_positions[slots_of(pages, page)].reshape(shape)
+        )
         slots = jnp.where(place < lengths[..., None], slots, -1)
         # Zeros where there is no token, since 0 * nan would be nan.
         some_keys, some_values = (

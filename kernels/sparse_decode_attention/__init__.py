@@ -74,7 +74,6 @@ def sparse_decode_attention(
         batch, heads = queries.shape[:2]
         heads_first = (jnp.arange(batch * heads, dtype=jnp.int32) * (capacity // page)).reshape(batch, heads, 1, 1, 1)
         table = jnp.where(chosen >= 0, chosen + heads_first, 0).astype(jnp.int32)
-        slots = (jnp.maximum(chosen, 0)[..., None] * page + jnp.arange(page)).reshape(batch, heads, -1)
         reads = Reads(
             by_choice(queries, sets, spread),
             keys.reshape(-1, width),
@@ -86,9 +85,7 @@ def sparse_decode_attention(
             page,
             count * page,
             by_choice(jnp.broadcast_to(query_positions[:, None, None], queries.shape[:4]), sets, spread),
-            key_positions.reshape(-1),
-            # Along the axis, not from one long run of all slots: a TPU would relay them for that.
-            jnp.take_along_axis(key_positions, slots, axis=2, mode="promise_in_bounds").reshape(-1, count * page),
+            key_positions,
         )
         shape = (batch, heads, sets, spread, group // sets, length // spread)
         return reads, lambda part: by_head(part, shape)

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from kvx.buckets import round_up
 from kvx.kernels.decode_attention import decode_probabilities
+from kvx.kernels.implementations import LANES
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.ragged_decode_attention import paged_decode_attention
+from kvx.kernels.ragged_decode_attention.reads import slots_of
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.rotary import Rotary
@@ -30,11 +33,12 @@ class Pages:
 
     Slots are shown as the table lists them, P p a head.
 
-    Bytes: N p ((D + V) itemsize + 4) for the pool and its positions, 4 (P + 1) a KV head for table and count.
+    Bytes: N p (D + V) itemsize for the pool, 4 M for its positions, 4 (P + 1) a KV head for table and count.
 
     Attributes:
         keys, values: the pool; keys rotated; as the layout holds them.
-        slots: true positions in the pool. What lies beyond a head's count means nothing.
+        slots: true positions in the pool, in one run of whole lanes, since a TPU would pad rows of p: M is N p or up to
+            127 more. What lies beyond a head's count means nothing.
         table: page of each run of p tokens, -1 for none.
         used: tokens that a head holds.
         room: static; new tokens a head has pages for, beyond those it was made with.
@@ -43,7 +47,7 @@ class Pages:
 
     keys: Float[Array, "N p m"]
     values: Float[Array, "N p n"]
-    slots: Int[Array, "N p"]
+    slots: Int[Array, "M"]
     table: Int[Array, "B G P"]
     used: Int[Array, "B G"]
     rotary: Rotary
@@ -69,7 +73,7 @@ class Pages:
 
         pool = cls(
             *layout.hold((empty(tokens.keys), empty(tokens.values))),
-            jnp.full((pages, page), -1, jnp.int32),
+            _no_tokens(pages * page),
             _handed_out(pages_for(used, page, room), -(-(longest + room) // page)),
             used,
             tokens.rotary,
@@ -87,7 +91,7 @@ class Pages:
             self,
             keys=jnp.zeros((pages, *self.keys.shape[1:]), self.keys.dtype),
             values=jnp.zeros((pages, *self.values.shape[1:]), self.values.dtype),
-            slots=jnp.full((pages, self.page), -1, jnp.int32),
+            slots=_no_tokens(pages * self.page),
             table=jnp.arange(pages, dtype=jnp.int32).reshape(rows, heads, width),
             used=jnp.zeros((rows, heads), jnp.int32),
             rotary=jax.tree.map(jnp.copy, self.rotary),  # the own store is donated, the shared one is not
@@ -97,7 +101,7 @@ class Pages:
     @property
     def page(self) -> int:
         """Slots a page."""
-        return self.slots.shape[1]
+        return self.keys.shape[1]
 
     def append(self, tokens: Tokens) -> "Pages":
         """Any number of tokens at once, while there is room; of a row's tokens, those that are present come first."""
@@ -154,7 +158,7 @@ class Pages:
     def bytes_read(self) -> Int[Array, ""]:
         """Of the pages that hold a token, and the tables."""
         pages = jnp.sum(pages_for(self.used, self.page, 0))
-        one = nbytes((self.keys, self.values, self.slots)) // len(self.slots)
+        one = nbytes((self.keys, self.values)) // len(self.keys) + self.page * self.slots.itemsize
         return pages * one + self.table.nbytes + self.used.nbytes
 
     def _written(self, tokens: Tokens, which: Bool[Array, "B G T"], place: Int[Array, "B G T"]) -> "Pages":
@@ -162,11 +166,13 @@ class Pages:
         run = place // self.page
         inside = which & (run >= 0) & (run < self.table.shape[-1])
         pages = jnp.take_along_axis(self.table, jnp.where(inside, run, 0), axis=-1)
+        inside = inside & (pages >= 0)
         # Beyond the pool, which no write reaches; each at its own index, since a scatter is promised distinct ones.
-        nowhere = len(self.slots) + jnp.arange(place.size, dtype=jnp.int32).reshape(place.shape)
-        where = (jnp.where(inside & (pages >= 0), pages, nowhere), place % self.page)
+        beyond = jnp.arange(place.size, dtype=jnp.int32).reshape(place.shape)
+        where = jnp.where(inside, pages, len(self.keys) + beyond), place % self.page
+        slot = jnp.where(inside, pages * self.page + place % self.page, len(self.slots) + beyond)
 
-        def write(array, value):
+        def write(array, value, where=where):
             return array.at[where].set(value.astype(array.dtype), mode="drop", unique_indices=True)
 
         keys, values = self.layout.hold((tokens.keys, tokens.values))
@@ -174,7 +180,7 @@ class Pages:
             self,
             keys=write(self.keys, keys),
             values=write(self.values, values),
-            slots=write(self.slots, tokens.positions),
+            slots=write(self.slots, tokens.positions, slot),
         )
 
     def _per_turn(self) -> int:
@@ -191,7 +197,7 @@ class Pages:
     def _positions(self, runs: Int[Array, "n"]) -> Int[Array, "B G C"]:
         """True positions of the tokens in some runs of a page each; -1 for those that are not there."""
         place = (runs[:, None] * self.page + jnp.arange(self.page)).reshape(-1)
-        slots = self.slots[self._page_of(runs)].reshape(*self.used.shape, -1)
+        slots = self.slots[slots_of(self._page_of(runs), self.page)].reshape(*self.used.shape, -1)
         return jnp.where(place < self.used[..., None], slots, -1)
 
     def _pages(self, runs: Int[Array, "n"]) -> tuple[Array, Array, Int[Array, "B G C"]]:
@@ -211,6 +217,11 @@ class Pages:
 def pages_for(used: Int[Array, "*batch"], page: int, room: int) -> Int[Array, "*batch"]:
     """Pages that hold so many tokens and room for more."""
     return (used + room + page - 1) // page
+
+
+def _no_tokens(slots: int) -> Int[Array, "M"]:
+    """Positions of so many empty slots, and of more that fill whole lanes."""
+    return jnp.full((round_up(slots, LANES),), -1, jnp.int32)
 
 
 def _handed_out(count: Int[Array, "B G"], width: int) -> Int[Array, "B G P"]:

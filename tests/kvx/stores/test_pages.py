@@ -33,9 +33,14 @@ def packed(page: int = 4, room: int = ROOM, mask=MASK) -> Pages:
     return Pages.pack(PROMPT, mask, int(jnp.sum(counts)), page=page, longest=11, room=room)
 
 
+def slots_by_page(store: Pages):
+    """True positions in the pool (N, p), without those that fill lanes."""
+    return store.slots[: len(store.keys) * store.page].reshape(-1, store.page)
+
+
 def shuffled(store: Pages, seed: int) -> Pages:
     """The same store with its pages in another order, and pages of nobody among them."""
-    random, count = np.random.default_rng(seed), len(store.slots)
+    random, count = np.random.default_rng(seed), len(store.keys)
     order = random.permutation(count + 3)[:count]
     table = np.asarray(store.table)
 
@@ -46,7 +51,7 @@ def shuffled(store: Pages, seed: int) -> Pages:
         store,
         keys=moved(store.keys),
         values=moved(store.values),
-        slots=moved(store.slots),
+        slots=moved(slots_by_page(store)).reshape(-1),
         table=jnp.asarray(np.where(table >= 0, order[np.maximum(table, 0)], -1), jnp.int32),
     )
 
@@ -54,7 +59,7 @@ def shuffled(store: Pages, seed: int) -> Pages:
 def poisoned(store: Pages) -> Pages:
     """Not-a-number in every slot that holds no token."""
     page = store.page
-    held = np.zeros(store.slots.shape, bool)
+    held = np.zeros(store.keys.shape[:2], bool)
     for (row, head, run), which in np.ndenumerate(np.asarray(store.table)):
         if which >= 0:
             held[which] = run * page + np.arange(page) < int(store.used[row, head])
@@ -63,7 +68,7 @@ def poisoned(store: Pages) -> Pages:
         store,
         keys=jnp.where(bad, jnp.nan, store.keys),
         values=jnp.where(bad, jnp.nan, store.values),
-        slots=jnp.where(bad[..., 0], 3, store.slots),
+        slots=jnp.where(bad[..., 0], 3, slots_by_page(store)).reshape(-1),
     )
 
 
@@ -126,15 +131,17 @@ def test_a_head_owns_as_many_pages_as_it_fills_and_none_is_owned_twice():
     table = np.asarray(store.table)
     assert (table >= 0).sum(axis=-1).tolist() == [[5, 4], [3, 3]], "ceil((count + 6) / 4)"
     owned = table[table >= 0]
-    assert sorted(owned.tolist()) == list(range(len(store.slots))) and len(store.slots) == 15
-    assert nbytes(store) == 15 * 4 * (2 * WIDTH * 4 + 4) + 4 * (5 + 1) * 2 * HEADS + nbytes(store.rotary)
+    assert sorted(owned.tolist()) == list(range(15)) and len(store.keys) == 15
+    assert len(store.slots) == 128, "60 slots, and what fills lanes"
+    assert nbytes(store) == 15 * 4 * 2 * WIDTH * 4 + 128 * 4 + 4 * (5 + 1) * 2 * HEADS + nbytes(store.rotary)
     assert store.bytes_read() == (3 + 2 + 1 + 1) * 4 * (2 * WIDTH * 4 + 4) + 4 * (5 + 1) * 2 * HEADS
 
 
 def test_an_append_takes_the_next_slot_of_the_last_page_or_the_first_of_the_next():
     store = packed(page=4)
     after = append(store, FRESH)
-    changed = {tuple(place) for place in np.argwhere(np.asarray(after.slots) != np.asarray(store.slots)).tolist()}
+    changed = {tuple(place) for place in np.argwhere(slots_by_page(after) != slots_by_page(store)).tolist()}
+    np.testing.assert_array_equal(after.slots[60:], store.slots[60:])
     table = np.asarray(store.table)
     # Heads held 11, 7, 4 and 3 tokens: the third begins its second page.
     wanted = {(table[0, 0, 2], 3), (table[0, 1, 1], 3), (table[1, 0, 1], 0), (table[1, 1, 0], 3)}
@@ -158,10 +165,10 @@ def test_a_row_that_has_ended_and_a_head_without_room_write_nowhere():
     ended = append(store, tokens([[11], [-1]], seed=5))
     np.testing.assert_array_equal(ended.used[1], store.used[1])
     held = np.asarray(store.table)[1]
-    np.testing.assert_array_equal(ended.slots[held[held >= 0]], store.slots[held[held >= 0]])
+    np.testing.assert_array_equal(slots_by_page(ended)[held[held >= 0]], slots_by_page(store)[held[held >= 0]])
     # The first head of row 0 has three pages for 12 tokens; a 13th must not land in another's.
     over = append(append(store, FRESH), tokens([[12], [-1]], seed=6))
-    others = np.setdiff1d(np.arange(len(store.slots)), np.asarray(store.table)[0])
+    others = np.setdiff1d(np.arange(len(store.keys)), np.asarray(store.table)[0])
     np.testing.assert_array_equal(over.keys[others], append(store, FRESH).keys[others])
 
 
