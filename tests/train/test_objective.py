@@ -18,7 +18,10 @@ ROWS, PROMPT = 3, 9
 BETA = 0.3
 
 
-@pytest.mark.parametrize("part", ["queries", "keys", "values"])
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("queries", "values")]
+
+
+@pytest.mark.parametrize("part", ["keys", *SLOW])
 def test_a_conversion_that_keeps_every_pair_has_the_relations_of_its_source(part):
     """A head's keys are those that its own queries meet, though rows of the cache hold all heads' rotary blocks."""
     source, tokens = layers.model(), jnp.asarray(layers.texts(2, 12))
@@ -29,6 +32,7 @@ def test_a_conversion_that_keeps_every_pair_has_the_relations_of_its_source(part
     assert float(relation_loss(mine, theirs[:, :, ::-1], ones, ones > 0)) > 1e-2, "and it can tell heads apart"
 
 
+@pytest.mark.slow
 def test_the_relation_loss_of_such_a_conversion_is_zero_and_so_is_its_gradient():
     source, tokens = layers.model(), layers.texts(2, 12)
     converted, _ = recipe("mha2mla", rank=32, rotary=32)(source, layers.moments())
@@ -96,6 +100,7 @@ def test_preferences_compare_answers_given_their_prompts(preference):
     assert float(preference(student, reference, pairs(junk=7))[0]) == pytest.approx(float(loss), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_preferences_move_the_student_alone():
     loss = Preference(LossSection(beta=BETA, chunk=16))
     both = jax.jit(jax.grad(lambda *given: loss(*given)[0], argnums=(0, 1)))

@@ -55,7 +55,7 @@ def measure_moments(
     model: Model,
     batches: Iterable[ArrayLike],
     *,
-    device: jax.Device | None = None,
+    device: jax.Device | None = None,  # type: ignore[valid-type] # jaxlib has no stubs
     console: Console | None = None,
 ) -> tuple[Moments, ...]:
     """Moments of every layer's attention over some texts: layer after layer, each over all batches.
@@ -84,7 +84,7 @@ def measure_moments(
     found = []
     with Steps(len(texts) * len(model.blocks), console) as steps:
         for layer, block in enumerate(model.blocks):
-            here, totals = _at(device, block), [0.0] * len(fields(Moments))
+            here, totals = _at(device, block), [np.zeros(())] * len(fields(Moments))
             for number, positions in enumerate(places):
                 steps(f"layer {layer + 1}/{len(model.blocks)}: batch {number + 1}/{len(texts)}")
                 new = _sums(here, streams[number], positions)
@@ -94,7 +94,7 @@ def measure_moments(
     return tuple(found)
 
 
-def _at(device: jax.Device | None, tree: Tree) -> Tree:
+def _at(device: jax.Device | None, tree: Tree) -> Tree:  # type: ignore[valid-type] # jaxlib has no stubs
     return tree if device is None else jax.device_put(tree, device)
 
 
