@@ -92,7 +92,7 @@ def decode_attention(
     (flash-decoding); per-channel keys and per-token values are KIVI's layout (Liu et al. 2024).
 
     Args:
-        queries: R query heads for each KV head, T queries a row (the kernels take up to 16), bfloat16 or float32.
+        queries: R query heads for each KV head, T queries a row (a GPU's kernel takes up to 16), bfloat16 or float32.
         keys, values: numbers by slot, or `Rows` of 8 bits, `ChannelCodes` or `TokenCodes` of 2, 4 or 8 (xla: also 3).
         query_positions: true positions; None: no order among slots and queries, every query sees every slot.
         key_positions: true positions of the slots, -1 where empty; None: no array of them is read.

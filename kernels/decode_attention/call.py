@@ -10,9 +10,6 @@ from kvx.kernels.decode_attention.operands import Operand, Rows, Tail
 from kvx.kernels.logits import scaled_logits, visible
 from kvx.kernels.merge_partials import Partial
 
-LONGEST_RUN = 16
-"""Queries a row that the kernels take at once."""
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ class Facts:
 
 
 def kernel(ends, lengths, refs, outs, top, total, sums, *tiles, call: Facts) -> None:
-    """One grid step: a block of slots of a block of heads; the last one takes the tail and divides."""
-    row, head, at = (pl.program_id(axis) for axis in range(3))
+    """One grid step: a block of slots of some query rows; the last one takes the tail and divides."""
+    row, head, at = (pl.program_id(axis) for axis in (0, 1, 3))
     groups = call.block // call.keys.group if tiles else 0
 
     @pl.when(at == 0)
@@ -116,7 +116,7 @@ def kernel(ends, lengths, refs, outs, top, total, sums, *tiles, call: Facts) -> 
 
         jax.lax.fori_loop(0, call.share, one, 0)
 
-    @pl.when(at == pl.num_programs(2) - 1)
+    @pl.when(at == pl.num_programs(3) - 1)
     def _():
         if "tail_keys" in refs:
             for index in range(call.share):

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kvx.kernels.checks import dtype_refusal
-from kvx.kernels.decode_attention.call import LONGEST_RUN, Call, Found, with_tail_logits
+from kvx.kernels.decode_attention.call import Call, Found, with_tail_logits
 from kvx.kernels.decode_attention.operands import Operand, Rows
 from kvx.kernels.decode_attention.triton_kernel import LOG2E, UNSEEN, Facts, kernel
 from kvx.kernels.decode_attention.triton_tiles import ROWS, Layout
@@ -48,6 +48,9 @@ CANDIDATES = (
     *(Tuning(64, splits, 1, 2, packed=True) for splits in (32, 64)),
 )
 """What a benchmark tries beside the default."""
+
+LONGEST_RUN = 16
+"""Queries a row that a program takes at once."""
 
 PROGRAMS = 1024
 """Programs that fill a chip of 132 multiprocessors several times over."""

@@ -1,11 +1,16 @@
 """Shared-prefix attention equals attention with the prefix copied into every row (Hydragen's check)."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
+from kvx.kernels.arg_spec import CHIPS
 from kvx.kernels.decode_attention import decode_attention
+from kvx.kernels.implementations import compiling_for
 from kvx.kernels.shared_prefix_attention import prefix_attention, shared_prefix_attention
 from tests.kernels.interpreting import interpreted_without_races
 
@@ -85,6 +90,29 @@ def test_a_tpus_kernel_reads_the_prefix_once_too(window):
     # Float32 sums of up to 340 terms in another order.
     np.testing.assert_allclose(found.out, wanted.out, atol=1e-5)
     np.testing.assert_allclose(found.lse, wanted.lse, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.parametrize("window", [None, 4096])
+def test_a_tpus_kernel_takes_large_batches(window):
+    """256 rows of Llama-3-8B are 1024 query rows a KV head, whose sums do not fit a v5e's VMEM together."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    chip = SingleDeviceSharding(topologies.get_topology_desc(CHIPS["v5e"], platform="tpu").devices[0])
+    shapes = {
+        "queries": ((256, 8, 4, 1, 128), jnp.bfloat16),
+        "keys": ((8, 8192, 128), jnp.bfloat16),
+        "values": ((8, 8192, 128), jnp.bfloat16),
+        "query_positions": ((256, 1), jnp.int32),
+        "key_positions": ((8, 8192), jnp.int32),
+    }
+    arrays = {name: jax.ShapeDtypeStruct(*shape, sharding=chip) for name, shape in shapes.items()}
+    with compiling_for("tpu"):
+        lowered = jax.jit(lambda arrays: prefix_attention(**arrays, scale=0.1, window=window)).lower(arrays)
+    text = lowered.compile().as_text()
+    assert "tpu_custom_call" in text and "1024,8192]" not in text, "its logits do not leave the chip"
 
 
 def test_an_empty_prefix_leaves_the_suffix_as_it_is():
