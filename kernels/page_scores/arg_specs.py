@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvx.kernels.arg_spec import ArgSpec
-from kvx.kernels.ragged_decode_attention.arg_specs import MODELS
+from kvx.kernels.ragged_decode_attention.arg_specs import MODELS, WIDE
 
 TOLERANCE = 1e-5
 
@@ -33,7 +33,7 @@ def bounded(
 
 
 def _call(model: str, batch: int, slots: int, page: int) -> ArgSpec:
-    build = bounded(batch, MODELS[model], slots // page, jnp.bfloat16)
+    build = bounded(batch, (MODELS | WIDE)[model], slots // page, jnp.bfloat16)
     return ArgSpec(f"{model} b{batch} {slots} pages of {page}", build, {}, TOLERANCE)
 
 
@@ -47,7 +47,7 @@ NUMERIC = (
 
 AOT = tuple(
     _call(model, batch, slots, page)
-    for model in MODELS
+    for model in MODELS | WIDE
     for batch in (1, 8, 64)
     for slots in (4096, 32768)
     for page in (16, 64)

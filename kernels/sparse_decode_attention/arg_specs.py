@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kvx.kernels.arg_spec import ArgSpec
-from kvx.kernels.ragged_decode_attention.arg_specs import MODELS, TOLERANCE, operands
+from kvx.kernels.ragged_decode_attention.arg_specs import MODELS, TOLERANCE, WIDE, operands
 
 
 def sparse(
@@ -51,11 +51,11 @@ def sparse(
 
 
 def _call(model: str, batch: int, slots: int, page: int, budget: int) -> ArgSpec:
-    heads, group, dim = MODELS[model]
+    heads, group, dim = (MODELS | WIDE)[model]
     count = budget // page
     # A choice by query head where slots are chosen singly (TidalDecode), else by KV head (Quest).
     sets = group if page == 1 else 1
-    build = sparse(batch, MODELS[model], slots, page, count, jnp.bfloat16, joined=dim % 128 != 0, sets=sets)
+    build = sparse(batch, (MODELS | WIDE)[model], slots, page, count, jnp.bfloat16, joined=dim % 128 != 0, sets=sets)
     read = batch * heads * sets * count * (page * (2 * dim * 2 + 4) + 4)
     asked = batch * heads * group * (2 * dim + 4 * dim + 4)
     name = f"{model} b{batch} {slots} {budget} in {'single slots' if page == 1 else f'pages of {page}'}"
@@ -81,7 +81,7 @@ NUMERIC = (
 
 AOT = tuple(
     _call(model, batch, slots, page, budget)
-    for model in MODELS
+    for model in MODELS | WIDE
     for batch in (1, 8, 64)
     for slots, budget in ((4096, 512), (32768, 2048))
     for page in (16, 64)
