@@ -15,6 +15,7 @@ from kvx.evidence import NOTHING, Evidence, Requests
 from kvx.kernels.decode_attention import slot_logits
 from kvx.kernels.logits import softmax_rows
 from kvx.kernels.prefill_attention import prefill_attention
+from kvx.kernels.prefill_attention.gradient import without_derivative
 from kvx.mesh import Placement, kernels_on, place_cache, placement_of
 from kvx.policy import Layer, Policy
 from kvx.query import Query, to_heads
@@ -117,7 +118,7 @@ def attend_turned(
     if requests.rows:
         assert segments is None, "rows of probabilities are of tokens that all see each other"
         last, spots = last_queries(queries, positions, requests.rows)
-        rows = window_rows(last, spots, keys, everything.positions, query.masking)
+        rows = without_derivative("rows", window_rows(last, spots, keys, everything.positions, query.masking))
     peak = None
     if requests.query:
         valid = (positions >= 0)[:, None, None, :, None]

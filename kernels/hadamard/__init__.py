@@ -28,7 +28,8 @@ def hadamard(
 
     Args:
         x: float32 or bfloat16; products are summed in float32.
-        axis: where the channels are: -1, or -2 for caches with slots last (on a TPU that avoids padding heads of 64).
+        axis: where the channels are: -1, or -2 for caches with slots last. A TPU pads 64 channels along -1 to 128 lanes
+            and takes them nevertheless: new tokens are transformed once, while a cache is read at every step.
         implementation: "reference", "xla", "mosaic_tpu", "triton", or None, which picks by platform.
         tuning: block sizes of the named implementation (its `Tuning`); None: its own.
 

@@ -65,7 +65,8 @@ def prefill_attention(
     """Attention of T new queries over S >= T keys: S - T past ones in any order, then the T new ones in order.
 
     Differentiable by output and log-sum-exp with memory linear in T (`gradient`); differentiating a statistic raises
-    ValueError. Probabilities of a few last queries are `kvx.kernels.decode_attention`'s.
+    ValueError. It returns no probabilities: those of a few last queries are one product (`slot_logits` of
+    `kvx.kernels.decode_attention`), formed and kept from derivatives by `kvx/loop.py`.
 
     Args:
         queries: rotated queries, R query heads for each KV head.

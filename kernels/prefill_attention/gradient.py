@@ -85,6 +85,25 @@ def _backward(call: Call, pullback: Pullback, cotangents: Any) -> tuple[Array, A
 differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def without_derivative(name: str, found: Array) -> Array:
+    """What attention saw and reports beside its output: the same array, and a ValueError where it is differentiated."""
+    return found
+
+
+def _without_forward(name: str, found: Any) -> tuple[Array, None]:
+    return found.value, None
+
+
+def _without_backward(name: str, _: None, cotangent: Any) -> tuple[SymbolicZero]:
+    if not isinstance(cotangent, SymbolicZero):
+        raise ValueError(f"{name} are differentiated, but only output and log-sum-exp of prefill attention can be")
+    return (cotangent,)
+
+
+without_derivative.defvjp(_without_forward, _without_backward, symbolic_zeros=True)
+
+
 def remember(forward: Callable[..., Result], backward: Callable[..., tuple[Array, Array, Array]]) -> Callable[..., Any]:
     """The `remembering` of an implementation whose `backward` recomputes probabilities from the log-sum-exp.
 

@@ -62,7 +62,8 @@ def quantize_pack(
         bits: 2, 3, 4 or 8.
         group: n, a divisor of D (along channels) or of P (along slots).
         along: the axis that groups run along.
-        slots_last: whether rows are (B, G, D, P). On a TPU a head dim of 64 as the last axis would be padded.
+        slots_last: whether rows are (B, G, D, P). A TPU pads 64 channels as the last axis to 128 lanes and takes them
+            nevertheless: rows are coded once, while `decode_attention`, which refuses them, reads them at every step.
         implementation: "reference", "xla", "mosaic_tpu", "triton", or None, which picks by platform.
         tuning: block sizes of the named implementation (its `Tuning`); None: its own.
 

@@ -1,5 +1,6 @@
 """Claims about SnapKV (Li et al. 2024): what the window votes for, how votes are pooled, what is kept."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,6 +73,21 @@ def test_votes_are_the_last_rows_of_dense_attention_and_add_up_to_the_window():
         np.testing.assert_allclose(found[..., :length], dense, atol=1e-6)
         assert np.all(found[..., length:] == 0)  # padding gets no vote
         np.testing.assert_allclose(found.sum(axis=(-1, -2)), window, rtol=1e-5)
+
+
+def test_votes_have_no_derivative_and_stand_beside_one():
+    block = model().blocks[0]
+    x, positions = model().embed(jnp.arange(12, dtype=jnp.int32)[None]), jnp.arange(12, dtype=jnp.int32)[None]
+
+    def loss(x, weight):
+        out, _, seen = attend(block, x, positions, requests=Requests(rows=4))
+        return jnp.sum(out**2) + (weight * jnp.sum(seen.rows**2) if weight else 0.0), seen.rows
+
+    plain = jax.grad(lambda x: jnp.sum(attend(block, x, positions)[0] ** 2))(x)
+    # Two programs may round a product differently.
+    np.testing.assert_allclose(jax.grad(loss, has_aux=True)(x, 0)[0], plain, atol=1e-5)
+    with pytest.raises(ValueError, match="rows are differentiated, but only output and log-sum-exp"):
+        jax.grad(loss, has_aux=True)(x, 1.0)
 
 
 @pytest.mark.parametrize(
