@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from kvx.buckets import round_up
+from kvx.buckets import LANE, round_up
 from kvx.context import Context
 from kvx.evidence import Evidence
 from kvx.parts.budgets import Compete
@@ -11,7 +11,7 @@ from kvx.pytree import pytree, static
 from kvx.stage import Stage
 from kvx.stores.dense import Dense
 from kvx.stores.flat import Flat
-from kvx.stores.layout import layout_for
+from kvx.stores.layout import layout_for, slots_by_rows
 from kvx.stores.tiers import Tiers
 from kvx.tokens import Tokens
 
@@ -28,6 +28,7 @@ class Flatten(Stage):
         self, tokens: Tokens, mask: Bool[Array, "B G T"], capacity: int, evidence: Evidence, context: Context
     ) -> Tiers:
         tokens = tokens.with_form(rotated=True)
+        total = slots_by_rows(self.split.total(context.spec), LANE)
         nothing, room = jnp.zeros_like(mask), round_up(context.spec.room)
         tail = Dense.pack(tokens, nothing, room, layout=layout_for(tokens))
-        return Tiers((tail, Flat.pack(tokens, mask, round_up(self.split.total(context.spec)), closed=True)))
+        return Tiers((tail, Flat.pack(tokens, mask, total, closed=True)))

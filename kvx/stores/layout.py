@@ -6,12 +6,13 @@ slots are read by rows, so a store of those holds key and value side by side, 12
 """
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, lcm
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvx.buckets import round_up
 from kvx.kernels.decode_attention.operands import Rows
 from kvx.kernels.implementations import LANES, target_platform
 from kvx.kernels.merge_partials import Partial
@@ -172,3 +173,11 @@ def layout_for(tokens: Tokens, *, by_rows: bool = False) -> Layout:
     if not by_rows:
         return SLOTS_LAST
     return SideBySide(widths[0]) if len(widths) == 2 and sum(widths) % LANES == 0 else APART
+
+
+def slots_by_rows(count: int, page: int) -> int:
+    """Slots of a store that reads them by pages or runs: whole pages, and on a TPU whole lanes.
+
+    Positions lie slots last, and a kernel would have to copy them if they ended within lanes.
+    """
+    return round_up(count, lcm(page, LANES) if target_platform() == "tpu" else page)

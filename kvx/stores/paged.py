@@ -13,7 +13,7 @@ from kvx.kernels.sparse_decode_attention import sparse_decode_attention
 from kvx.pytree import pytree, static
 from kvx.query import Query
 from kvx.stores.dense import Dense
-from kvx.stores.layout import layout_for
+from kvx.stores.layout import layout_for, slots_by_rows
 from kvx.stores.over_dense import OverDense
 from kvx.stores.slots import first_empty, write_slot
 from kvx.tokens import Tokens, held_values
@@ -55,7 +55,7 @@ class Paged(OverDense):
         group: str = "max",
     ) -> "Paged":
         """The tokens in `mask`, gathered in order into whole pages."""
-        slots, layout = -(-capacity // page) * page, layout_for(tokens, by_rows=True)
+        slots, layout = slots_by_rows(capacity, page), layout_for(tokens, by_rows=True)
         inner = Dense.pack(tokens.with_form(rotated=True), mask, slots, layout=layout)
         extremes = _extremes(_paged(inner.tokens().keys, page), _paged(inner.slots, page))
         return cls(inner, extremes, budget, page, min(most, extremes.shape[2]), group)

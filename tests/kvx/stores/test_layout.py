@@ -140,6 +140,12 @@ def paged(these, mask):
     return Paged.pack(these, mask, CAPACITY, page=4, budget=jnp.full(2, 3), most=3)
 
 
+@pytest.mark.parametrize(("platform", "slots"), [("tpu", 128), ("cpu", 20)])
+def test_positions_of_pages_fill_lanes_where_a_tpu_copies_them(platform, slots):
+    with compiling_for(platform):
+        assert paged(wide(tokens(POSITIONS)), tokens(POSITIONS).present).inner.slots.shape[-1] == slots
+
+
 BY_ROWS = {
     "pages": pages,
     "paged": paged,
