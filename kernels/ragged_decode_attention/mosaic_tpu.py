@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from kvx.kernels.checks import dtype_refusal
 from kvx.kernels.implementations import LANES
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.ragged_decode_attention.mosaic_tpu_positions import Positions
@@ -40,8 +41,8 @@ class Tuning:
 
 def refusal(reads: Reads) -> str | None:
     """Why this implementation cannot take these arguments."""
-    if reads.keys.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"keys are {reads.keys.dtype}, allowed are bfloat16 and float32"
+    if reason := dtype_refusal({"queries": reads.queries.dtype, "keys": reads.keys.dtype}):
+        return reason
     widths = (reads.keys.shape[1],) if reads.values is None else (reads.keys.shape[1], reads.values.shape[1])
     for width in widths:
         if width % LANES:
