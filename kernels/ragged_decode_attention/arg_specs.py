@@ -131,6 +131,7 @@ NUMERIC = (
     _small("pages of 64, bfloat16", paged(2, (2, 4, 128), 1000, 64, BF16), BF16, True),
     _small("pages of 16, 4 queries", paged(2, (2, 2, 128), 200, 16, F32, new=4), F32, True),
     _small("pages, window and softcap", paged(1, (2, 1, 128), 700, 16, F32, new=1), F32, True, window=99, softcap=5.0),
+    _small("pages of 256, window", paged(1, (2, 2, 128), 600, 256, F32, new=2), F32, True, window=99),
     _small("pages, MQA, D 256, length 1", paged(2, (1, 1, 256), 16, 16, BF16), BF16, True),
 )
 
