@@ -169,7 +169,7 @@ def _attend(
     rows: int,
     block: int,
     tile: int,
-    positions: Positions | None,
+    positions: Any,
     scale: float,
     window: int | None,
     softcap: float | None,
