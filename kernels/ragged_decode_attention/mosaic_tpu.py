@@ -177,12 +177,12 @@ def _attend(
     given = dict(zip(names, refs[: len(names)], strict=True))
     out_ref, lse_ref, *buffers, arrived, turn_ref = refs[len(names) :]
     sources = [given[name] for name in ("keys", "values") if name in given]
-    if positions is not None:
+    if "key_positions" in given:
         *buffers, positions_buffer = buffers
     step = pl.program_id(1)
     one = pl.program_id(0) * per_half + step
     pages = block // page
-    parts = 0 if positions is None else positions.pieces // pages
+    parts = positions.pieces // pages if "key_positions" in given else 0
 
     def past_edge(which: Any) -> Any:
         return lax.rem(starts_ref[which], jnp.int32(tile))
@@ -208,7 +208,7 @@ def _attend(
                 first = pl.multiple_of(_first_row(starts_ref[which], turn, block, tile, rows), tile)
                 for source, buffer in zip(sources, buffers, strict=True):
                     act(pltpu.make_async_copy(source.at[pl.ds(first, block)], buffer.at[slot], arrived.at[slot]))
-                if positions is not None:
+                if "key_positions" in given:
                     copy_positions(starts_ref[which], first, slot, 0, act)
 
             return
@@ -276,7 +276,7 @@ def _attend(
         logits = scale * _dot(queries, keys, 1)
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
-        if positions is not None:
+        if "key_positions" in given:
 
             def offset(index: int) -> Any:
                 if table_ref is None:
