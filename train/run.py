@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from kvx.train.mesh import make_placement, row_share
 from kvx.train.metrics import FILE, read
 from kvx.train.objective import needs_teacher, objective
 from kvx.train.parameters import Frame, cast, converted_layers
-from kvx.train.run_folder import check_folder, claim, run_folder, stage_folder
+from kvx.train.run_folder import check_folder, claim, run_folder, saved_model, stage_folder
 from kvx.train.start import KEY, Sizes, start
 
 
@@ -90,7 +89,6 @@ def run_job(
     *,
     resume: bool = False,
     seconds: float | None = None,
-    tensorboard: bool = True,
     console: Console | None = None,
 ) -> Result:
     """Run a job, or go on with it.
@@ -100,7 +98,6 @@ def run_job(
     Args:
         resume: go on from the newest checkpoint, without converting again; stages that are over are only read.
         seconds: from this call on, after which training stops, for one process; None: never.
-        tensorboard: write its files beside the metrics.
         console: of the progress; None: standard error.
 
     Raises:
@@ -119,7 +116,7 @@ def run_job(
     folder, steps, stopped = run_folder(job), [], False
     with stop:
         for stage in range(len(job.stages)):
-            trainer = _trainer(material, stage, student, teacher, facts, stop, tensorboard, shown)
+            trainer = _trainer(material, stage, student, teacher, facts, stop, shown)
             outcome = trainer.run(resume)
             student, stopped = outcome.student, outcome.stopped
             steps.append(outcome.step)
@@ -132,9 +129,9 @@ def run_job(
     student = gathered(student, job.saved_dtype)
     verdicts: tuple[Verdict, ...] = ()
     if jax.process_index() == 0:
-        _save(student, material, folder / "model")
+        _save(student, material)
         verdicts = judge(on_devices(student), material, shown)
-    return Result(job.name, str(folder), True, *sizes, tuple(steps), held_out, guide, verdicts, str(folder / "model"))
+    return Result(job.name, str(folder), True, *sizes, tuple(steps), held_out, guide, verdicts, str(saved_model(job)))
 
 
 def gathered(student: Model, dtype: str) -> Model:
@@ -169,7 +166,6 @@ def _trainer(
     teacher: Model,
     facts: Mapping[str, Any],
     stop: Interruption,
-    tensorboard: bool,
     console: Console,
 ) -> Trainer:
     job, stage, placement = material.job, material.job.stages[index], make_placement(material.job.mesh)
@@ -193,13 +189,13 @@ def _trainer(
         converted=converted_layers(student),
         facts={"job": table_from(job), "stage": index, KEY: facts},
         stop=stop,
-        tensorboard=tensorboard,
         console=console,
     )
 
 
-def _save(student: Model, material: Material, folder: Path) -> None:
+def _save(student: Model, material: Material) -> None:
     """Write the model, unless a run that was ended while it was judged has done so."""
+    folder = saved_model(material.job)
     if not folder.exists():
         kvx.save(student, material.tokenizer, folder)
 
