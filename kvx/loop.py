@@ -114,7 +114,7 @@ def attend_turned(
             **query.masking,
         )
     columns = {column: found.reshape(*queries.shape[:3], -1) for column, found in columns.items()}
-    rows = None
+    rows: Any = None
     if requests.rows:
         assert segments is None, "rows of probabilities are of tokens that all see each other"
         last, spots = last_queries(queries, positions, requests.rows)

@@ -1,4 +1,8 @@
-"""What a compiled program sends between chips: collectives by kind, how often each runs, and what bytes it yields."""
+"""What a compiled program sends between chips: collectives by kind, how often each runs, and what bytes it yields.
+
+The TPU compiler writes a collective that runs beside other work several times: where it starts, into each fusion that
+it runs beside, and where it is done. All of these name the same channel.
+"""
 
 import math
 import re
@@ -17,6 +21,10 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(.*?%([\w.-]+)\), direction=LT")
+_CHAINED = re.compile(r"channel_id=(\d+).*chain_id=")
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,21 @@ def traffic(text: str) -> dict[str, Traffic]:
     """Collectives of a program by kind.
 
     Args:
-        text: `compiled.as_text()`. A loop whose number of turns the compiler did not state counts once.
+        text: `compiled.as_text()`. Where the compiler does not state the turns of a loop, one that goes on while a
+            number is below a constant is taken to count from 0 by one, as scans do; any other loop counts once.
     """
     entry, bodies = _computations(text)
     counts: dict[str, int] = defaultdict(int)
     total: dict[str, float] = defaultdict(float)
+    chained: set[tuple[str, str]] = set()
     for name, times in _times(entry, bodies).items():
         for line in bodies[name]:
             if found := _OPERATION.search(line):
                 shape, kind, start = found.groups()
+                if channel := _CHAINED.search(line):
+                    if (kind, channel[1]) in chained:
+                        continue
+                    chained.add((kind, channel[1]))
                 counts[kind] += times
                 total[kind] += times * _yielded(shape, kind, bool(start))
     return {kind: Traffic(counts[kind], round(total[kind])) for kind in sorted(counts)}
@@ -68,8 +82,7 @@ def _times(entry: str, bodies: dict[str, list[str]]) -> dict[str, int]:
     def visit(name: str, count: int) -> None:
         times[name] += count
         for line in bodies[name]:
-            turns = _TURNS.search(line)
-            inner = count * int(turns[1]) if turns and " while(" in line else count
+            inner = count * _turns(line, bodies) if " while(" in line else count
             called = _CALLED.findall(line)
             if branches := _BRANCHES.search(line):
                 called += re.findall(r"[\w.-]+", branches[1])
@@ -79,6 +92,16 @@ def _times(entry: str, bodies: dict[str, list[str]]) -> dict[str, int]:
 
     visit(entry, 1)
     return times
+
+
+def _turns(loop: str, bodies: dict[str, list[str]]) -> int:
+    if stated := _TURNS.search(loop):
+        return int(stated[1])
+    condition = _CONDITION.search(loop)
+    lines = bodies.get(condition[1], []) if condition else []
+    constants = {found[1]: int(found[2]) for line in lines if (found := _CONSTANT.search(line))}
+    below = next((found[1] for line in lines if (found := _BELOW.search(line))), None)
+    return 1 if below is None else constants.get(below, 1)
 
 
 def _yielded(shape: str, kind: str, started: bool) -> float:

@@ -69,6 +69,8 @@ def test_the_step_of_xecomla_llama32_1b_compiles_for_256_chips_and_fits():
     assert (12 * 1.2e9 + 2 * 8e9) / 256 < found["arguments"] < 2 * (12 * 1.2e9 + 2 * 8e9) / 256
     # Every layer's weights are gathered as it runs, forwards and backwards, in student and teacher.
     assert found["collectives"]["all-gather"]["count"] >= 3 * LAYERS
+    # ... to this chip's eighth of the heads and hidden units: at least the student's twice, in bfloat16.
+    assert found["collectives"]["all-gather"]["bytes"] > 2 * 2 * 0.9e9 / 8
     assert found["aliased"] > 0.9 * found["outputs"]
 
 

@@ -26,11 +26,42 @@ HloModule jit_step
   ROOT %l = pred[] compare(%i, %n), direction=LT
 }
 
+%counted (p: (s32[], f32[8,16])) -> pred[] {
+  %five = s32[]{:T(128)} constant(5)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %five), direction=LT, metadata={op_name="while"}
+}
+
+%start (x: f32[8]) -> (f32[8], f32[64], u32[]) {
+  %g1 = f32[64]{0} all-gather(%x), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%beside (x: f32[8]) -> (f32[16], f32[8]) {
+  %g2 = f32[64]{0} all-gather(%x), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%done (x: f32[8]) -> f32[64] {
+  %g3 = f32[64]{0} all-gather(%x), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%chain (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %a = (f32[8]{0}, f32[64]{0}, u32[]) fusion(%x), kind=kCustom, calls=%start
+  %b = (f32[16]{0}, f32[8]{0}) fusion(%a), kind=kOutput, calls=%beside
+  %c = f32[64]{0} fusion(%b), kind=kCustom, calls=%done
+}
+
 ENTRY %main (a: f32[8,16]) -> f32[8,16] {
   %w = (s32[], f32[8,16]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %r = (f32[8,16]{1,0}, f32[]) all-reduce(f32[8,16]{1,0} %a, f32[] %b), to_apply=%add
 }
 """
+
+
+def test_a_loop_that_counts_to_a_constant_turns_as_often_and_a_collective_in_pieces_is_one():
+    """As a TPU's program says it: no trip count, and one gather written where it starts, runs and ends."""
+    entry = "  %w = (s32[], f32[8,16]) while(%t), condition=%counted, body=%chain\n}"
+    text = TEXT[: TEXT.index("  %w = ")] + entry
+    assert traffic(text) == {"all-gather": Traffic(5, 5 * 64 * 4)}
 
 
 def test_a_collective_in_a_loop_counts_by_the_loops_turns():
