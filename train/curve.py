@@ -18,6 +18,7 @@ from kvx.errors import BadInput
 from kvx.mesh import Placement
 from kvx.models.build import Model
 from kvx.train.batch import Batch
+from kvx.train.data.stream import SAMPLED, fingerprint
 from kvx.train.interruption import Interruption
 from kvx.train.job import CheckpointSection, EvaluateSection, StageSection
 from kvx.train.loop import Trainer
@@ -96,7 +97,7 @@ class Bench:
             BadInput: a folder whose curve was begun with another setting, by the first value that differs.
         """
         setting = self.setting
-        texts = {"train": len(self.train), "held_out": len(self.judge), "passkey_batches": len(self.passkeys)}
+        texts = {"train": _of(self.train), "held_out": _of(self.judge), "passkey_batches": len(self.passkeys)}
         _claim(folder, {"start": start, "seed": seed, **asdict(setting), "texts": texts})
         if _is_over(folder, setting):
             return True
@@ -146,6 +147,11 @@ def folder_of(out: Path, start: str, seed: int) -> Path:
     """A curve's folder: readable, and no other start's."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", start).strip("-")[-60:]
     return out / f"{readable}-{hashlib.sha256(start.encode()).hexdigest()[:6]}-seed{seed}"
+
+
+def _of(tokens: Integer[np.ndarray, "N"]) -> str:
+    """What tells a text from others: its length, and samples of all of it."""
+    return f"{len(tokens)} tokens, {fingerprint(np.array_split(tokens, SAMPLED[0]))}"
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:

@@ -48,6 +48,10 @@ def test_curves_are_trained_once_and_written_together(tmp_path):
     written = (folder_of(tmp_path / "out", starts[1], 0) / "metrics.jsonl").stat().st_mtime_ns
     other = CliRunner().invoke(app, [*command, "--rate", "1e-4"])
     assert isinstance(other.exception, BadInput) and "stage.learning_rate=0.0001, but" in str(other.exception)
+    np.save(tmp_path / "train.npy", text(seed=1))
+    other = CliRunner().invoke(app, command)
+    assert isinstance(other.exception, BadInput) and "texts.train='4000 tokens, " in str(other.exception)
+    np.save(tmp_path / "train.npy", text())
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
     assert (folder_of(tmp_path / "out", starts[1], 0) / "metrics.jsonl").stat().st_mtime_ns == written
