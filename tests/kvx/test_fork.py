@@ -170,6 +170,6 @@ def test_pages_save_bytes_where_rows_differ_in_length(model):
     (store, *_) = pages.layers
     # 71 pages of 16 for 1000 tokens and 128 to come, 10 for each of the others; rounded up for few compiled programs.
     assert np.asarray(store.table >= 0).sum(axis=-1).tolist() == [[71, 71], [10, 10], [10, 10], [10, 10]]
-    assert 202 <= len(store.slots) <= 1.15 * 202 and dense.layers[0].keys.shape[2] == 1152
+    assert 202 <= len(store.keys) <= 1.15 * 202 and dense.layers[0].keys.shape[2] == 1152
     assert pages.nbytes < 0.5 * dense.nbytes
     assert store.bytes_read() < dense.layers[0].bytes_read() / 3

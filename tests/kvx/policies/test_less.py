@@ -13,6 +13,7 @@ import kvx
 from kvx import policies
 from kvx.cache import ENDLESS
 from kvx.context import Spec
+from kvx.decoder import AttentionSpec
 from kvx.kernels.merge_partials import merge_partials
 from kvx.parts.feature_state import Absorb, FeatureMaps, FeatureState
 from kvx.policy import Policy
