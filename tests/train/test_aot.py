@@ -59,7 +59,6 @@ def compiled(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.aot
-@pytest.mark.long
 @needs_compiler
 def test_the_step_of_xecomla_llama32_1b_compiles_for_256_chips_and_fits():
     """The repository's own job, which needs no weights."""
