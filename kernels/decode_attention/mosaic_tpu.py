@@ -6,7 +6,7 @@ So many query rows that their sums and outputs do not fit beside a block are cut
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import gcd, lcm
+from math import lcm
 from typing import Any
 
 import jax
@@ -171,7 +171,7 @@ def _block(call: Call, share: int, wanted: int | None) -> int:
     for operand in (call.keys, call.values):
         if isinstance(operand, ChannelCodes):
             step = operand.group * SUBLANES
-            unit = unit * step // gcd(unit, step)
+            unit = lcm(unit, step)
     limit = 2048 if isinstance(call.keys, Rows) else 1024
     block = wanted or min(max(BLOCK_BYTES // bytes_per_slot, unit), limit)
     units = max(block // unit, 1)
