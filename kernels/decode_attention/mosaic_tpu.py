@@ -170,8 +170,7 @@ def _block(call: Call, share: int, wanted: int | None) -> int:
     bytes_per_slot, unit = _bytes_per_slot(call, share), LANES
     for operand in (call.keys, call.values):
         if isinstance(operand, ChannelCodes):
-            step = operand.group * SUBLANES
-            unit = lcm(unit, step)
+            unit = lcm(unit, operand.group * SUBLANES)
     limit = 2048 if isinstance(call.keys, Rows) else 1024
     block = wanted or min(max(BLOCK_BYTES // bytes_per_slot, unit), limit)
     units = max(block // unit, 1)
