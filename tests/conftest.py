@@ -26,9 +26,21 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from jax._src import compiler
 
 MAPS = 30_000
 """Memory maps at which a process lets go of its programs: beyond the kernel's limit of 65,530, XLA crashes."""
+
+KEY = compiler._get_cache_key
+
+
+def key_of_one_device(*arguments, devices, **named):
+    """The cache's key of a program; none where it spans devices, see `kvx.compilation_cache`."""
+    return KEY(*arguments, devices=devices, **named) if devices.size == 1 else None
+
+
+compiler._get_cache_key = key_of_one_device
+jax.jit(lambda: 0)()  # the first program decides whether a process uses the cache, before a test can
 
 
 @pytest.hookimpl(tryfirst=True)  # before items are chosen by their marks

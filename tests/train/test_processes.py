@@ -1,51 +1,19 @@
 """Claims about several processes: two that share a run do what one does, and either goes on where the other stopped."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from kvx.errors import BadInput
 from kvx.train.metrics import FILE, read
 from kvx.train.processes import agreed, join_processes
+from tests.train.apart import ended, start_processes
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_of(folder, steps, processes, devices):
     """The tiny run."""
-    return together(["-m", "tests.train.tiny_runs", str(folder), str(steps)], processes, devices)
-
-
-def together(arguments, processes, devices):
-    """Several processes (Gloo between them) of one program, each with so many devices; what the first one printed."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    shared = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    if processes > 1:
-        shared |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
-    command = [sys.executable, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    runs = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=shared | {"JAX_PROCESS_ID": str(index)} if processes > 1 else shared, **pipes
-        )
-        for index in range(processes)
-    ]
-    outputs = [run.communicate(timeout=600) for run in runs]
-    for run, (_, error) in zip(runs, outputs, strict=True):
-        assert run.returncode == 0, error
-    return outputs[0][0]
+    return ended(start_processes(["-m", "tests.train.tiny_runs", folder, steps], processes, devices))
 
 
 def curve(folder):

@@ -1,12 +1,8 @@
 """Claims about runs that end early: killed, told to stop, or diverging, and what a resumed run then does."""
 
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,9 +12,9 @@ from kvx.errors import BadInput
 from kvx.train.interruption import Interruption
 from kvx.train.loop import Diverged
 from kvx.train.metrics import FILE, read
+from tests.train.apart import ended, start_processes
 from tests.train.tiny_runs import Cliff, Squares, mesh, one_device, trainer
 
-ROOT = Path(__file__).parents[2]
 STEPS = 24
 
 
@@ -27,21 +23,9 @@ def losses(folder):
     return [line for line in read(folder / FILE) if "loss" in line or "held_out" in line]
 
 
-def process(folder, *options, devices=1):
+def process(folder, *options):
     """A run in a process of its own."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.train.tiny_runs", str(folder), str(STEPS), *options]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def ended(run):
-    """What a process printed that came to a clean end."""
-    out, error = run.communicate(timeout=600)
-    assert run.returncode == 0, error
-    return out
+    return start_processes(["-m", "tests.train.tiny_runs", folder, STEPS, *options])[0]
 
 
 def until(condition, run, seconds=180):
@@ -130,7 +114,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run_before_its_weights_are
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
     """kill -9 at five moments, some of them while a checkpoint is being written; every line equals the whole run's."""
-    ended(process(tmp_path / "whole", "every=3"))
+    ended([process(tmp_path / "whole", "every=3")])
     random = np.random.default_rng(0)
     for _ in range(5):
         before = written(tmp_path / "killed")
@@ -139,7 +123,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
         time.sleep(random.uniform(0, 0.5))
         run.kill()
         run.communicate()
-    assert "finished True" in ended(process(tmp_path / "killed", "every=3"))
+    assert "finished True" in ended([process(tmp_path / "killed", "every=3")])
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
@@ -148,9 +132,9 @@ def test_sigterm_writes_a_checkpoint_and_ends_cleanly(tmp_path):
     run = process(tmp_path, "every=1000", "seconds=0.1")
     until(lambda: written(tmp_path) > 3, run)
     run.send_signal(signal.SIGTERM)
-    out = ended(run)
+    out = ended([run])
     step = int(out.split("stopped at ")[1].split(",")[0])
     assert "finished False" in out and 3 < step < STEPS
     assert (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
-    ended(process(tmp_path, "every=1000"))
+    ended([process(tmp_path, "every=1000")])
     assert [line["step"] for line in losses(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))

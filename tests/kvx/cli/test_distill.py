@@ -16,8 +16,8 @@ from kvx.models.build import random_model
 from kvx.train import start
 from kvx.train.convert import recipe
 from tests.tiny import CONFIG
+from tests.train.apart import ended, start_processes
 from tests.train.letters import letters
-from tests.train.test_processes import together
 
 JOB = """
 name = "tiny"
@@ -234,7 +234,9 @@ def test_fewer_heads_are_trained_as_any_conversion_is(folder, capsys):
 def test_two_processes_begin_one_job_in_one_folder(folder):
     """Both look at the folder before either writes to it, and end together though one of them judges alone."""
     command = ["-c", "from kvx.cli import main; main()", "distill", str(folder / "job.toml"), "--json"]
-    shown = together([*command, f"output={folder}/shared", "checkpoint.every=100"], 2, 4)
+    shown = ended(
+        start_processes([*command, f"output={folder}/shared", "checkpoint.every=100"], processes=2, devices=4)
+    )
     result = json.loads(shown[shown.index("{\n") :])  # behind what Gloo says
     assert result["finished"] and result["steps"] == [12, 2]
     assert [each["policy"] for each in result["verdicts"]] == ["full", "streaming_llm(budget=16)"]

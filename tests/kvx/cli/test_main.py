@@ -137,10 +137,11 @@ def test_the_zoo_is_listed(capsys):
     assert status == 0 and "smollm2-135m-instruct" in {row["model"] for row in json.loads(out)}
 
 
-def test_the_compilation_cache_is_the_callers_choice(tmp_path):
+def test_the_compilation_cache_is_the_callers_choice(tmp_path, monkeypatch):
     import jax
 
     before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
     try:
         assert kvx.enable_compilation_cache(tmp_path / "programs") == tmp_path / "programs"
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
@@ -149,3 +150,21 @@ def test_the_compilation_cache_is_the_callers_choice(tmp_path):
             kvx.enable_compilation_cache(tmp_path / "file")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("flags", ["--xla_force_host_platform_device_count=8", "--xla_dump_to=x", None])
+def test_cpus_that_stand_for_several_devices_keep_no_programs(tmp_path, monkeypatch, flags):
+    """Read back, their collectives run in any order, and devices wait for each other."""
+    import jax
+
+    before, used = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
+    monkeypatch.delenv("XLA_FLAGS") if flags is None else monkeypatch.setenv("XLA_FLAGS", flags)
+    several = flags is not None and "device_count" in flags
+    jax.config.update("jax_enable_compilation_cache", True)
+    try:
+        assert kvx.enable_compilation_cache(tmp_path) == tmp_path
+        assert jax.config.jax_enable_compilation_cache == (not several)
+        assert jax.config.jax_compilation_cache_dir == (before if several else str(tmp_path))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_enable_compilation_cache", used)
