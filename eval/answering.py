@@ -7,7 +7,6 @@ follows the right answers of those before, on the cache that they went through, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.eval.prompts import Frame
 from kvx.eval.shared_pass import prefill_each
+from kvx.eval.side_by_side import side_by_side
 from kvx.eval.stopwatch import Stopwatch
 from kvx.eval.tasks.sample import Mode, Question, Sample
 
@@ -118,7 +118,7 @@ def answer(
     mode: Mode,
     policies: Sequence[kvx.Policy],
     *,
-    workers: int = 1,
+    timed: bool = False,
     by_layer: bool = False,
     watch: Stopwatch | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -126,7 +126,7 @@ def answer(
     """Every policy's answers, as each is done.
 
     Args:
-        workers: policies that are decoded at a time: two where programs are compiled, one where time is taken.
+        timed: one policy is decoded at a time, so that its time is its own.
         by_layer: compile single layers instead of whole decode steps.
         watch: its phase "prefill" grows by the passes over the prompts.
         tell: hears what begins.
@@ -154,8 +154,7 @@ def answer(
             texts, likelihoods = row.ask(mode, caches)
         return Answered(texts, likelihoods, starts[0][at], row.steps, stretch.wall, not stretch.warm)
 
-    with ThreadPoolExecutor(workers) as pool:
-        yield from zip(policies, pool.map(one, range(len(policies))), strict=True)
+    yield from zip(policies, side_by_side(decoder, one, range(len(policies)), timed=timed), strict=True)
 
 
 @dataclass

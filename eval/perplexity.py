@@ -1,9 +1,7 @@
 """Perplexity of held-out prose through the decode path, so that the cache policy acts on what is predicted."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -12,16 +10,7 @@ import kvx
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.eval.shared_pass import prefill_each
-
-WORKERS = 2
-"""Policies that run at a time where nothing is timed."""
-
-
-def as_bfloat16(cache: KVCache) -> int:
-    """Bytes that a cache would take with its floating-point arrays in bfloat16."""
-    return sum(
-        leaf.size * 2 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.nbytes for leaf in jax.tree.leaves(cache)
-    )
+from kvx.eval.side_by_side import side_by_side
 
 
 def perplexities(
@@ -31,8 +20,6 @@ def perplexities(
 
     The prompts are prefilled in one pass for all policies; the rest is forced through the decode path token by token,
     under each policy's cache.
-
-    Two policies run at a time, since one compiles on one core while the other decodes.
 
     Args:
         documents: one batch; all of one length.
@@ -51,5 +38,4 @@ def perplexities(
         scores, _ = kvx.teacher_forced(model, forced, cache, policy, logits)
         return float(jnp.exp(-jnp.mean(scores))), nbytes
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        yield from pool.map(one, policies, started)
+    yield from side_by_side(model, one, policies, started)

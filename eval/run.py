@@ -12,10 +12,10 @@ import kvx
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.eval.answering import Batch, answer, batches
+from kvx.eval.cost.cache_bytes import as_bfloat16
 from kvx.eval.job import FULL, EvalJob, TaskSection
 from kvx.eval.kept import kept
 from kvx.eval.loading import Loaded, load_over_devices, rows_together
-from kvx.eval.perplexity import WORKERS, as_bfloat16
 from kvx.eval.programs import make_room
 from kvx.eval.prompts import Frame
 from kvx.eval.readying import ready
@@ -27,7 +27,6 @@ from kvx.eval.summary import FIDELITY
 from kvx.eval.tasks.registry import Task, find
 from kvx.eval.tasks.sample import Sample
 from kvx.eval.tasks.source import Source
-from kvx.mesh import placement_of
 from kvx.models.zoo import resolve
 from kvx.progress import Steps
 from kvx.prose import Prose, prose
@@ -168,10 +167,9 @@ class _Study:
         """One batch under some policies; the first batch of a cell compiles, two policies at a time."""
         cell, watch = unit.cell, Stopwatch()
         label = f"{cell.task}, {cell.length} tokens, {cell.mode}, samples {unit.first + 1} to {unit.first + unit.count}"
-        workers = 1 if warm or placement_of(self.decoder) else WORKERS
         found = answer(
             self.decoder, self.tokenizer, unit.batch, cell.mode, policies,
-            workers=workers, by_layer=self.job.by_layer, watch=watch, tell=lambda what: step(f"{label}: {what}"),
+            timed=warm, by_layer=self.job.by_layer, watch=watch, tell=lambda what: step(f"{label}: {what}"),
         )  # fmt: skip
         for policy, answered in found:
             step(f"{label}: {policy.text}")

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from kvx.cache import KVCache
 from kvx.stores.host import HOST
 
 CONTENT = frozenset(
@@ -99,3 +101,10 @@ class CacheBytes:
 def array_bytes(array: Any) -> int:
     """Bytes of an array, a tracer, a shape or an abstract value."""
     return array.size * array.dtype.itemsize
+
+
+def as_bfloat16(cache: KVCache) -> int:
+    """Bytes that a cache would take with its floating-point arrays in bfloat16."""
+    return sum(
+        leaf.size * 2 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.nbytes for leaf in jax.tree.leaves(cache)
+    )

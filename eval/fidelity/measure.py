@@ -8,7 +8,6 @@ to every policy.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +19,13 @@ import kvx
 from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
+from kvx.eval.cost.cache_bytes import as_bfloat16
 from kvx.eval.fidelity.findings import Fidelity
 from kvx.eval.fidelity.looks import Gap, Gaps, MostAttended
-from kvx.eval.perplexity import WORKERS, as_bfloat16
 from kvx.eval.shared_pass import prefill_each
+from kvx.eval.side_by_side import side_by_side
 from kvx.layer_by_layer import scan
 from kvx.lending import takes_cache
-from kvx.mesh import placement_of
 from kvx.parts.amounts import whole
 from kvx.progress import Steps
 from kvx.pytree import pytree
@@ -93,12 +92,11 @@ def fidelity(
                     scores, gaps, cache = _forced(model, tokens, wanted, caches[index], every[index], caches[0])
                 return _compared(reference, scores, after, gaps), cache
 
-            # The first stretch compiles: two at a time, since one compiles on one core while the other walks.
-            with ThreadPoolExecutor(1 if start or placement_of(model) else WORKERS) as pool:
-                for index, (walk, cache) in enumerate(pool.map(one, range(1, len(every))), 1):
-                    steps(f"steps {start + 1} to {start + tokens.shape[1]}: {every[index].text}")
-                    walks[index].append(walk)
-                    caches[index] = cache
+            # The first stretch compiles; later ones fill the cores by themselves.
+            for index, (walk, cache) in enumerate(side_by_side(model, one, range(1, len(every)), timed=start > 0), 1):
+                steps(f"steps {start + 1} to {start + tokens.shape[1]}: {every[index].text}")
+                walks[index].append(walk)
+                caches[index] = cache
     found = [
         _findings(policy, walk, prompt, bfloat16, *sizes)
         for policy, walk, sizes in zip(every, walks, bytes_of, strict=True)

@@ -10,11 +10,11 @@ from rich.console import Console
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.eval.answering import answer, batches
+from kvx.eval.cost.cache_bytes import as_bfloat16
 from kvx.eval.fidelity import fidelity
 from kvx.eval.fidelity.samples import fidelity_record, seeded_documents
 from kvx.eval.job import FULL
 from kvx.eval.loading import rows_together
-from kvx.eval.perplexity import WORKERS, as_bfloat16
 from kvx.eval.programs import make_room
 from kvx.eval.prompts import Frame
 from kvx.eval.recording import recorded
@@ -28,7 +28,6 @@ from kvx.eval.summary import FIDELITY
 from kvx.eval.tasks.registry import find
 from kvx.eval.tasks.sample import Mode
 from kvx.eval.tasks.source import Source
-from kvx.mesh import placement_of
 from kvx.prose import Prose
 
 
@@ -78,7 +77,6 @@ class TaskBench:
         """A policy on a batch at a time."""
         tokenizer = self.candidates.tokenizer
         policies = [self.candidates.policy(text) for text in texts]
-        workers = 1 if placement_of(self.candidates.decoder) else WORKERS
         for at, batch in enumerate(self.batches):
             indices = range(self.samples)[at * self.batch : (at + 1) * self.batch]
             rows = [row for row, index in enumerate(indices) if index in samples]
@@ -88,7 +86,7 @@ class TaskBench:
             watch = Stopwatch()
             for policy, answered in answer(
                 self.candidates.decoder, tokenizer, batch, self.mode, policies,
-                workers=workers, by_layer=True, watch=watch,
+                by_layer=True, watch=watch,
             ):  # fmt: skip
                 if policy.text == FULL:
                     self.bf16_bytes = as_bfloat16(answered.cache) // self.batch

@@ -12,8 +12,8 @@ from rich.console import Console
 import kvx
 from kvx.errors import BadInput
 from kvx.eval.compare import DEFAULTS, Workload, checked_out, compare_policies, default_policies
+from kvx.eval.cost.cache_bytes import as_bfloat16
 from kvx.eval.frontier_plot import frontier
-from kvx.eval.perplexity import as_bfloat16
 from kvx.eval.records import RECORDS, Record, read
 from kvx.eval.results import print_results
 from kvx.prose import prose
