@@ -1,10 +1,9 @@
-"""What made some results: command, versions, commit, device; and writing a file whole or not at all."""
+"""What made some results: command, versions, commit, device."""
 
 import os
 import shlex
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -32,31 +31,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under its name complete or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.chmod(file.name, 0o666 & ~_umask())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
 def _command() -> str:
     """As it was typed, without the folders of the program."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec and spec.name.removesuffix(".__main__")
     program = ["python", "-m", module] if module else [Path(sys.argv[0]).name or "python"]
     return shlex.join([*program, *sys.argv[1:]])
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _commit() -> str | None:

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 import kvx
+from kvx.destinations import replace_file
 from kvx.errors import BadInput
 from kvx.eval.job import FULL
-from kvx.eval.provenance import replace_file
 from kvx.eval.records import Record
 from kvx.eval.summary import FIDELITY
 

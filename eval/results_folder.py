@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
+from kvx.destinations import replace_file
 from kvx.errors import BadInput
 from kvx.eval.job import EvalJob
-from kvx.eval.provenance import provenance, replace_file
+from kvx.eval.provenance import provenance
 from kvx.eval.records import COSTS, KEPT, RECORDS, Record, read
 from kvx.eval.summary import as_csv, as_markdown, summary, table
 from kvx.prose import Prose

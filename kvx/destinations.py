@@ -1,7 +1,8 @@
-"""Where results go: whether a file or a folder can be written, asked before the work whose results it takes."""
+"""Where results go: asked for before the work whose results it takes, and written whole or not at all."""
 
+import os
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryFile
 
 from kvx.errors import BadInput
 
@@ -35,6 +36,30 @@ def make_folder(path: Path, name: str) -> None:
     except OSError as error:
         raise BadInput(f"{name}={str(path)!r} cannot be made: {error.strerror or error}; allowed: a folder") from None
     _try(path, path, name)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under its name complete or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.chmod(file.name, 0o666 & ~umask())
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def umask() -> int:
+    """What a new file's mode lacks, which temporary files do not heed."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _try(folder: Path, path: Path, name: str) -> None:

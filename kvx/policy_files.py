@@ -1,8 +1,6 @@
 """Saving and loading a policy: one safetensors file with its text as metadata and its learned arrays as tensors."""
 
 import json
-import os
-import tempfile
 from os import PathLike
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array
 
+from kvx.destinations import replace_file
 from kvx.errors import BadInput
 from kvx.inputs import checked_policy
 from kvx.policy import Policy
@@ -39,16 +38,9 @@ def save_policy(policy: Policy, path: str | PathLike[str]) -> None:
     arrays = _arrays(policy)
     if _slots(parse_policy(policy.text)) != _slots(policy):
         raise BadInput(f"policy {policy.text!r} holds more than its text says; allowed: named methods and their chains")
-    temporary = None
     try:
-        content = safetensors.numpy.save(arrays, {"format": _FORMAT, "policy": policy.text})
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-        os.replace(temporary, path)
+        replace_file(path, safetensors.numpy.save(arrays, {"format": _FORMAT, "policy": policy.text}))
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise BadInput(f"path is {str(path)!r}, which cannot be written: {error.strerror or error}") from None
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Integer
 from rich.console import Console
 
 import kvx
+from kvx.destinations import replace_file
 from kvx.errors import BadInput
 from kvx.mesh import Placement
 from kvx.models.build import Model
@@ -167,9 +168,7 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
                     "allowed: the same, or another folder for all curves"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{KEPT}.partial"
-    partial.write_text(json.dumps(now, indent=1))
-    partial.replace(kept)
+    replace_file(kept, json.dumps(now, indent=1).encode())
 
 
 def _flat(facts: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvx.destinations import replace_file
 from kvx.errors import BadInput
 
 FILE = "metrics.jsonl"
@@ -69,9 +70,7 @@ class Metrics:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / FILE
             kept = [line for line in read(path) if line["step"] <= step] if step and path.exists() else []
-            whole = path.with_suffix(".partial")
-            whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            whole.rename(path)
+            replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
         if self.tensorboard:
             self._board = _board(self.folder / "tensorboard", step)

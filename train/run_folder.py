@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from kvx.destinations import make_folder
+from kvx.destinations import make_folder, replace_file
 from kvx.errors import BadInput
 from kvx.section_file import table_from
 from kvx.train.job import Job
@@ -52,9 +52,7 @@ def claim(job: Job) -> None:
     if jax.process_index() == 0:
         folder = run_folder(job)
         make_folder(folder, "output")
-        partial = folder / f"{FILE}.partial"
-        partial.write_text(json.dumps(table_from(job), indent=2))
-        partial.replace(folder / FILE)
+        replace_file(folder / FILE, json.dumps(table_from(job), indent=2).encode())
     meet("the folder is claimed")
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 
 from kvx.decoder import Decoder
+from kvx.destinations import replace_file
 from kvx.errors import BadInput
 from kvx.eval.loading import load_over_devices
-from kvx.eval.provenance import replace_file
 from kvx.eval.records import RECORDS, Record, append, mend, read
 from kvx.eval.results_folder import claim
 from kvx.eval.search.benches import bench_of

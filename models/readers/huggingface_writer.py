@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kvx.destinations import umask
 from kvx.errors import BadInput
 from kvx.models.checkpoint import Tensors
 from kvx.models.readers.safetensors import SafetensorsWriter
@@ -54,7 +55,7 @@ def write_checkpoint(
     except OSError as error:
         raise BadInput(f"path is {str(path)!r}, which cannot be written: {error.strerror}") from None
     try:
-        os.chmod(folder, 0o777 & ~_umask())
+        os.chmod(folder, 0o777 & ~umask())  # a folder for a while is private, a model's has the rights of any other
         dtypes = _write_weights(folder, tensors, shard_bytes)
         if len(dtypes) == 1 and (dtype := dtypes.pop()) in _DTYPE_NAMES:
             settings["torch_dtype"] = dtype
@@ -69,13 +70,6 @@ def write_checkpoint(
         raise BadInput(f"path is {str(path)!r}, which cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    # mkdtemp makes a private folder; a saved model should have the rights of any other folder of the user.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

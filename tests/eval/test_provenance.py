@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-from kvx.eval.provenance import provenance, replace_file
+from kvx.eval.provenance import provenance
 
 PROGRAM = "import json; from kvx.eval.provenance import provenance; print(json.dumps(provenance()))"
 
@@ -35,12 +35,3 @@ def test_versions_and_device_are_those_of_the_process():
     made = json.loads(done.stdout)
     assert made["command"] == "-c more"
     assert {"kvx", "jax", "python"} <= set(made["versions"]) and made["device"]["platform"] == "cpu"
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    replace_file(tmp_path / "file", b"old")
-    replace_file(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(TypeError):
-        replace_file(tmp_path / "file", None)
-    assert (tmp_path / "file").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
