@@ -1,7 +1,8 @@
-"""What every operation asks of its arguments before any work: shapes that fit together, masks, dtypes of kernels."""
+"""What every operation asks before any work: shapes that fit together, masks, what kernels need of dtypes and JAX."""
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
@@ -31,6 +32,13 @@ def dtype_refusal(
     for name, dtype in dtypes.items():
         if jnp.dtype(dtype) not in taken:
             return f"{name} has dtype {jnp.dtype(dtype)}, it takes {' and '.join(each.name for each in taken)}"
+    return None
+
+
+def triton_refusal(interpreted: bool = False) -> str | None:
+    """Why this JAX cannot run or lower kernels in Pallas-Triton; None if it can, or if they are interpreted."""
+    if jax.__version_info__ < (0, 11) and not interpreted:
+        return f"jax is {jax.__version__}, Triton kernels need 0.11 or later"
     return None
 
 

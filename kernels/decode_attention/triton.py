@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kvx.kernels.checks import dtype_refusal
+from kvx.kernels.checks import dtype_refusal, triton_refusal
 from kvx.kernels.decode_attention.call import Call, Found, with_tail_logits
 from kvx.kernels.decode_attention.operands import Operand, Rows
 from kvx.kernels.decode_attention.triton_kernel import LOG2E, UNSEEN, Facts, kernel
@@ -69,8 +69,8 @@ def default_tuning(call: Call) -> Tuning:
 
 def refusal(call: Call) -> str | None:
     """Why the kernel cannot take the call; None if it can."""
-    if tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11):
-        return f"jax is {jax.__version__}, GPU kernels need 0.11 or later"
+    if reason := triton_refusal():
+        return reason
     if call.length > LONGEST_RUN:
         return f"queries has {call.length} tokens a row, the kernel takes up to {LONGEST_RUN}"
     if reason := dtype_refusal({"queries": call.queries.dtype}):

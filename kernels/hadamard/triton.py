@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from kvx.kernels.checks import triton_refusal
 from kvx.kernels.hadamard.reference import signs
 
 
@@ -43,8 +44,8 @@ def refusal(x: Float[Array, "*batch N M"], tuning: Any) -> str | None:
     """Why these arguments cannot run."""
     if tuning is not None and not isinstance(tuning, Tuning):
         return f"tuning is {tuning}, it takes its own Tuning"
-    if jax.__version_info__ < (0, 11) and not (tuning and tuning.interpret):
-        return f"jax is {jax.__version__}, it takes 0.11 or later"
+    if reason := triton_refusal(interpreted=tuning is not None and tuning.interpret):
+        return reason
     if tuning is not None and (tuning.block < 16 or tuning.block & (tuning.block - 1)):
         return f"tuning has a block of {tuning.block}, it takes powers of two from 16"
     return None

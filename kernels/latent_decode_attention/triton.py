@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from kvx.kernels.checks import dtype_refusal
+from kvx.kernels.checks import dtype_refusal, triton_refusal
 from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, dtypes
 from kvx.kernels.merge_partials import Partial, merge_axis
 from kvx.kernels.quantize_pack.coded import range_minimum, range_scale
@@ -63,8 +63,8 @@ def refusal(queries: Float[Array, "B T H D"], rows: Rows, value_dim: int, slots_
     """Why these arguments cannot run."""
     if tuning is not None and not isinstance(tuning, Tuning):
         return f"tuning is {tuning}, it takes its own Tuning"
-    if jax.__version_info__ < (0, 11) and not (tuning and tuning.interpret):
-        return f"jax is {jax.__version__}, it takes 0.11 or later"
+    if reason := triton_refusal(interpreted=tuning is not None and tuning.interpret):
+        return reason
     for size in () if tuning is None else (tuning.rows, tuning.slots):
         if size < 16 or size & (size - 1):
             return f"tuning has a block of {size}, it takes powers of two from 16"

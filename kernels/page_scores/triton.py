@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from kvx.kernels.checks import dtype_refusal
+from kvx.kernels.checks import dtype_refusal, triton_refusal
 from kvx.kernels.page_scores.rows import empty_as_lowest, split_by_sign
 
 MOST_QUERIES = 128
@@ -39,8 +39,8 @@ CANDIDATES = tuple(Tuning(block=block, warps=warps) for block in (16, 32, 64, 12
 
 def refusal(queries: Float[Array, "B G R T D"], bounds: Float[Array, "B G P E"]) -> str | None:
     """Why this implementation cannot take these arguments."""
-    if jax.__version_info__ < (0, 11):
-        return f"jax is {jax.__version__}, Triton kernels take 0.11 or newer"
+    if reason := triton_refusal():
+        return reason
     dim, many = queries.shape[-1], queries.shape[2] * queries.shape[3]
     if dim < 8 or dim & (dim - 1):
         return f"D is {dim}, allowed are powers of two from 8 up"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.checks import triton_refusal
 from kvx.kernels.prefill_attention import cudnn
 from kvx.kernels.prefill_attention.columns import Column, near_width
 from kvx.kernels.prefill_attention.gradient import Bound, Kept, Pullback, Result, Sight, row_terms
@@ -79,8 +80,8 @@ CANDIDATES = tuple(
 
 def refusal(queries: Array, keys: Array, values: Array, visibility: Any) -> str | None:
     """Why these arguments cannot be taken, if they cannot."""
-    if jax.__version_info__ < (0, 11):
-        return f"jax is {jax.__version__}, and Triton kernels need 0.11 or later"
+    if reason := triton_refusal():
+        return reason
     if visibility is not None:
         return "visibility is a table, and it takes None: labels that see their own and SHARED"
     for name, array in (("queries", queries), ("keys", keys), ("values", values)):

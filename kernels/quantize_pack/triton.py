@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, UInt32
 
+from kvx.kernels.checks import triton_refusal
 from kvx.kernels.quantize_pack.coded import ChannelCodes, TokenCodes, range_minimum, range_scale
 from kvx.kernels.quantize_pack.uniform_codes import ROUNDING
 
@@ -36,8 +37,8 @@ def refusal(channels: int, slots: int, bits: int, group: int, along: str, tuning
     """Why these arguments cannot run."""
     if tuning is not None and not isinstance(tuning, Tuning):
         return f"tuning is {tuning}, it takes its own Tuning"
-    if jax.__version_info__ < (0, 11) and not (tuning and tuning.interpret):
-        return f"jax is {jax.__version__}, it takes 0.11 or later"
+    if reason := triton_refusal(interpreted=tuning is not None and tuning.interpret):
+        return reason
     for name, size in (
         ("rows have channels", channels),
         ("group", group),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kvx.kernels.checks import dtype_refusal
+from kvx.kernels.checks import dtype_refusal, triton_refusal
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.ragged_decode_attention.reads import Reads
 
@@ -58,8 +58,8 @@ CANDIDATES = tuple(
 
 def refusal(reads: Reads) -> str | None:
     """Why this implementation cannot take these arguments."""
-    if jax.__version_info__ < (0, 11):
-        return f"jax is {jax.__version__}, Triton kernels take 0.11 or newer"
+    if reason := triton_refusal():
+        return reason
     for name, width in (("D", reads.queries.shape[-1]), ("V", reads.value_dim)):
         if width < 16 or width & (width - 1):
             return f"{name} is {width}, allowed are powers of two from 16 up"

@@ -135,7 +135,7 @@ def test_what_cannot_run_is_refused_with_a_sentence(changes, sentence):
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax is new enough")
 def test_an_old_jax_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"jax is 0\.10.*it takes 0\.11 or later"):
+    with pytest.raises(ValueError, match=r"jax is 0\.10.*need 0\.11 or later"):
         call(implementation="triton")
 
 
