@@ -8,8 +8,9 @@ from kvx.compilation_cache import enable_compilation_cache
 from kvx.drafters import Drafter
 from kvx.edit import edit
 from kvx.errors import BadInput
+from kvx.feeding import teacher_forced
 from kvx.fork import fork
-from kvx.generate import Generation, decode_step, generate, stream, teacher_forced
+from kvx.generate import Generation, decode_step, generate, stream
 from kvx.labelled import LabelledPrompt, labelled_prompt
 from kvx.layer_by_layer import layer_by_layer
 from kvx.policies.registry import policy

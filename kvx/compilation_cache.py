@@ -57,5 +57,5 @@ def several_cpu_devices() -> bool:
     """
     if jax.distributed.is_initialized():
         return jax.default_backend() == "cpu" and jax.device_count() > 1
-    simulated = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    return max(jax.config.jax_num_cpu_devices, *map(int, simulated), 1) > 1
+    flags = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return any(int(count) > 1 for count in [jax.config.values["jax_num_cpu_devices"], *flags])

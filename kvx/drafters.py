@@ -11,7 +11,7 @@ from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.policy import Policy
 from kvx.pytree import pytree
-from kvx.sampling import Sampling, law
+from kvx.sampling import Sampling, law, with_said
 from kvx.step import decode_run, settle
 
 DRAFT, ACCEPT, EMIT = 1, 2, 3
@@ -113,8 +113,3 @@ def propose_beside(
     own = settle(drafter.model, own, drafter.policy)
     drafts, laws, own = propose(drafter.model, token, own, drafter.policy, active, draws, said, count + 1)
     return drafts[:, :count], laws[:, :count], own
-
-
-def with_said(said: Bool[Array, "B N"] | None, token: Int[Array, "B"]) -> Bool[Array, "B N"] | None:
-    """Which tokens the text holds with one more; None: nobody asks."""
-    return said if said is None else said.at[jnp.arange(len(token)), token].set(True)

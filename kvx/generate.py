@@ -6,20 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from kvx.buckets import bucket
-from kvx.cache import ENDLESS, KVCache
+from kvx.cache import KVCache
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
-from kvx.inputs import checked_policy, checked_prompt, traced
-from kvx.layer_by_layer import scan, while_loop
+from kvx.inputs import check_room, check_rows, checked_policy, checked_prompt, traced
+from kvx.layer_by_layer import while_loop
 from kvx.lending import takes_cache
 from kvx.parts.amounts import whole
 from kvx.policy import Policy
 from kvx.prefill import prefill
 from kvx.pytree import pytree
-from kvx.sampling import GREEDY, Sampling, next_token
+from kvx.sampling import GREEDY, Sampling, next_token, row_keys, said_tokens, with_said
 from kvx.step import decode
 
 STOPS = 8
@@ -58,7 +58,7 @@ def decode_step(
             raise BadInput(f"token has shape {token.shape} and dtype {token.dtype}; allowed: integers (batch,)")
         if token.min() < 0 or token.max() >= model.vocabulary:
             raise BadInput(f"token holds {token.tolist()}; allowed: 0 to {model.vocabulary - 1}")
-        _check_room(cache, 1)
+        check_room(cache, 1)
         return _decode_step(model, jnp.asarray(token, jnp.int32), cache, policy)
     return decode(model, jnp.asarray(token), cache, policy, jnp.ones(token.shape, bool))
 
@@ -111,12 +111,12 @@ def generate(
             raise BadInput("start and cache are both given; allowed: one, since each says where to begin")
         tokens, lengths = checked_prompt(model, tokens, lengths, (policy,), 0)
         given = np.asarray(tokens), lengths
-        _check_rows(tokens, cache)
-        _check_room(cache, int(jnp.max(lengths)) + count - 1)
+        check_rows(tokens, cache)
+        check_room(cache, int(jnp.max(lengths)) + count - 1)
         logits = jnp.zeros((len(tokens), model.vocabulary), jnp.float32)
         tokens = jnp.pad(tokens, ((0, 0), (0, bucket(tokens.shape[1]) - tokens.shape[1])))
     stops, keys = stop_tokens(model, stop), row_keys(seed, len(tokens))
-    said = said_tokens(model, *given) if sampling.repetition_penalty is not None else None
+    said = said_tokens(model.vocabulary, *given) if sampling.repetition_penalty is not None else None
     return _trim(
         _generate(
             model,
@@ -150,7 +150,7 @@ def stream(model: Decoder, tokens: Array | np.ndarray, **arguments: Any) -> Iter
     logits, cache = _started(model, tokens, policy, lengths, count, arguments.pop("start", None), arguments)
     keys, done = row_keys(seed, len(logits)), jnp.zeros(len(logits), bool)
     given = _for_rows(len(logits), tokens, lengths)
-    said = said_tokens(model, *given) if rule.repetition_penalty is not None else None
+    said = said_tokens(model.vocabulary, *given) if rule.repetition_penalty is not None else None
     token, said = _choose(logits, rule, keys, cache.next, said)
     for index in range(count):
         yield jnp.where(done, -1, token)
@@ -158,34 +158,6 @@ def stream(model: Decoder, tokens: Array | np.ndarray, **arguments: Any) -> Iter
         if index + 1 == count or bool(jnp.all(done)):
             return
         token, cache, said = _stream_step(model, policy, cache, token, done, rule, keys, said)
-
-
-def extend(
-    model: Decoder, tokens: Array | np.ndarray, policy: Policy, lengths: Array | np.ndarray | None, cache: KVCache
-) -> tuple[Float[Array, "B N"], KVCache]:
-    """Feed more tokens to an existing cache through the decode path, so that every policy acts as it would there.
-
-    Returns:
-        Logits after each row's last token, and the cache. The given cache is donated.
-    """
-    tokens, lengths = checked_prompt(model, tokens, lengths, (policy,), 0)
-    _check_rows(tokens, cache)
-    _check_room(cache, int(jnp.max(lengths)))
-    width = bucket(tokens.shape[1])
-    return _extend(model, policy, cache, jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1]))), lengths)
-
-
-def teacher_forced(
-    model: Decoder, tokens: Array | np.ndarray, cache: KVCache, policy: Policy, logits: Float[Array, "B V"]
-) -> tuple[Float[Array, "B N"], KVCache]:
-    """Log-probability of each given token under the cache before it, fed one by one through the decode path.
-
-    Args:
-        tokens: the continuation; its first token is scored by `logits`, which `prefill` returned.
-        cache: donated.
-    """
-    _check_room(cache, tokens.shape[1])
-    return _teacher_forced(model, policy, cache, jnp.asarray(tokens, jnp.int32), logits)
 
 
 @takes_cache(static=("most",))
@@ -223,36 +195,6 @@ def _fed(step, logits, positions, said, out, done, given, given_lengths, count, 
     return token, after, out, done | ends
 
 
-@takes_cache()
-def _extend(model, policy, cache, tokens, lengths):
-    def unfinished(state):
-        return state[0] < jnp.max(lengths)
-
-    def advance(state):
-        step, cache, logits = state
-        active = step < lengths
-        after, cache = decode(model, tokens[:, step], cache, policy, active)
-        return step + 1, cache, jnp.where(active[:, None], after, logits)
-
-    logits = jnp.zeros((tokens.shape[0], model.vocabulary), jnp.float32)
-    _, cache, logits = while_loop(unfinished, advance, (jnp.int32(0), cache, logits))
-    return logits, cache
-
-
-@takes_cache()
-def _teacher_forced(model, policy, cache, tokens, logits):
-    everyone = jnp.ones(tokens.shape[0], bool)
-
-    def advance(carry, token):
-        cache, logits = carry
-        scored = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-        logits, cache = decode(model, token, cache, policy, everyone)
-        return (cache, logits), scored
-
-    (cache, _), scores = scan(advance, (cache, logits), tokens.T)
-    return scores.T, cache
-
-
 @takes_cache(donated=("said",))
 def _stream_step(model, policy, cache, token, done, rule, keys, said):
     logits, cache = decode(model, token, cache, policy, ~done)
@@ -263,7 +205,7 @@ def _stream_step(model, policy, cache, token, done, rule, keys, said):
 def _choose(logits, rule: Sampling, keys: Key[Array, "B"], positions, said):
     """A token for every row, and what the text then holds."""
     token = next_token(logits, rule, keys, positions, said)
-    return token, said if said is None else said.at[jnp.arange(len(token)), token].set(True)
+    return token, with_said(said, token)
 
 
 def full_policy() -> Policy:
@@ -285,7 +227,7 @@ def _started(
             f"start has logits of {len(logits)} rows and a cache of {len(cache.next)}, for tokens of {len(tokens)}; "
             "allowed: the same rows, or as many copies of each (kvx.fork)"
         )
-    _check_room(cache, count - 1)
+    check_room(cache, count - 1)
     return logits, cache
 
 
@@ -295,39 +237,12 @@ def _for_rows(rows: int, tokens: Any, lengths: Any) -> tuple[np.ndarray, Any]:
     return np.repeat(np.asarray(tokens), copies, axis=0), None if lengths is None else np.repeat(lengths, copies)
 
 
-def _check_rows(tokens: Int[Array, "B T"], cache: KVCache) -> None:
-    if len(tokens) != len(cache.next):
-        raise BadInput(f"tokens has {len(tokens)} rows, the cache {len(cache.next)}; allowed: one for each of its rows")
-
-
-def _check_room(cache: KVCache, steps: int) -> None:
-    room = int(cache.room)
-    if room != ENDLESS and room < steps:
-        raise BadInput(
-            f"cache has room for {room} more tokens, {steps} are needed; allowed: prefill with a larger max_new_tokens"
-        )
-
-
 def stop_tokens(model: Decoder, stop: Sequence[int]) -> Int[Array, "K"]:
     """Checked stop tokens, padded with -1."""
     for token in stop:
         whole(token, "stop", least=0, most=model.vocabulary - 1)
     width = max(-(-len(stop) // STOPS), 1) * STOPS
     return jnp.asarray([*stop, *[-1] * (width - len(stop))], jnp.int32)
-
-
-def row_keys(seed: int | Sequence[int], batch: int) -> Key[Array, "B"]:
-    """Each row's key, from one seed for all rows or one for each."""
-    seeds = np.broadcast_to(np.asarray(seed, np.uint32), (batch,))
-    return jax.vmap(jax.random.key)(jnp.asarray(seeds))
-
-
-def said_tokens(model: Decoder, tokens: np.ndarray, lengths: Any) -> Bool[Array, "B N"]:
-    """Which tokens each row's text holds."""
-    said = np.zeros((len(tokens), model.vocabulary), bool)
-    for row, text in enumerate(tokens):
-        said[row, text[: len(text) if lengths is None else int(lengths[row])]] = True
-    return jnp.asarray(said)
 
 
 def _trim(result: Generation, count: int) -> Generation:

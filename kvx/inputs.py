@@ -7,6 +7,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
+from kvx.cache import ENDLESS, KVCache
 from kvx.context import Layout
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
@@ -102,3 +103,18 @@ def checked_policy(policy: Any, name: str = "policy") -> Policy:
     if not isinstance(policy, Policy):
         raise BadInput(f"{name}={policy!r} is not a policy; allowed: what kvx.policies or kvx.policy(name) returns")
     return policy
+
+
+def check_rows(tokens: Int[Array, "B T"], cache: KVCache) -> None:
+    """Refuse a cache of another batch."""
+    if len(tokens) != len(cache.next):
+        raise BadInput(f"tokens has {len(tokens)} rows, the cache {len(cache.next)}; allowed: one for each of its rows")
+
+
+def check_room(cache: KVCache, steps: int) -> None:
+    """Refuse a cache that cannot take so many more tokens."""
+    room = int(cache.room)
+    if room != ENDLESS and room < steps:
+        raise BadInput(
+            f"cache has room for {room} more tokens, {steps} are needed; allowed: prefill with a larger max_new_tokens"
+        )

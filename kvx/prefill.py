@@ -16,6 +16,7 @@ from kvx.context import Context, Layout, Spec
 from kvx.decoder import Decoder
 from kvx.errors import BadInput
 from kvx.evidence import Evidence, Requests
+from kvx.feeding import extend
 from kvx.inputs import check_layout, checked_labels, checked_policy, checked_prompt, traced
 from kvx.loop import attend, last_logits
 from kvx.mesh import place_rows, placement_of
@@ -100,8 +101,6 @@ def prefill(
     if compress not in ("end", "chunk"):
         raise BadInput(f"compress={compress!r} is not offered; allowed: 'end', 'chunk'")
     if cache is not None:
-        from kvx.generate import extend
-
         if not alone:
             raise BadInput("policy is a tuple, but a cache is continued under one policy; allowed: one policy")
         if labels is not None:

@@ -1,10 +1,12 @@
 """Sampling: from logits to the next token, by explicit keys that depend on seed and true position only."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvx.errors import BadInput
@@ -115,3 +117,22 @@ def allowed(logits: Float[Array, "B N"], rule: Sampling) -> Float[Array, "B N"]:
         reached = jnp.where(before < jnp.maximum(rule.top_p, 1e-9), descending, jnp.inf)
         least = jnp.maximum(least, jnp.min(reached, axis=-1))
     return jnp.where(logits >= least[:, None], logits, -jnp.inf)
+
+
+def row_keys(seed: int | Sequence[int], batch: int) -> Key[Array, "B"]:
+    """Each row's key, from one seed for all rows or one for each."""
+    seeds = np.broadcast_to(np.asarray(seed, np.uint32), (batch,))
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds))
+
+
+def said_tokens(vocabulary: int, tokens: np.ndarray, lengths: Any) -> Bool[Array, "B N"]:
+    """Which tokens each row's text holds."""
+    said = np.zeros((len(tokens), vocabulary), bool)
+    for row, text in enumerate(tokens):
+        said[row, text[: len(text) if lengths is None else int(lengths[row])]] = True
+    return jnp.asarray(said)
+
+
+def with_said(said: Bool[Array, "B N"] | None, token: Int[Array, "B"]) -> Bool[Array, "B N"] | None:
+    """Which tokens the text holds with one more; None: nobody asks."""
+    return said if said is None else said.at[jnp.arange(len(token)), token].set(True)

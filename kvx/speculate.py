@@ -13,15 +13,15 @@ from jaxtyping import Array, Bool, Float, Int
 from kvx.acceptance import accept_chain
 from kvx.buckets import bucket
 from kvx.decoder import Decoder
-from kvx.drafters import ACCEPT, EMIT, Drafter, Draws, propose_beside, propose_narrowly, with_said
+from kvx.drafters import ACCEPT, EMIT, Drafter, Draws, propose_beside, propose_narrowly
 from kvx.errors import BadInput
-from kvx.generate import Generation, full_policy, row_keys, said_tokens, stop_tokens
+from kvx.generate import Generation, full_policy, stop_tokens
 from kvx.inputs import checked_policy
 from kvx.parts.amounts import whole
 from kvx.policy import Policy
 from kvx.prefill import prefill
 from kvx.pytree import pytree
-from kvx.sampling import GREEDY, Sampling, law, next_token
+from kvx.sampling import GREEDY, Sampling, law, next_token, row_keys, said_tokens, with_said
 from kvx.step import decode_run, settle
 
 
@@ -100,7 +100,9 @@ def speculate(
                 f"draft has a vocabulary of {draft.model.vocabulary} tokens; allowed: {model.vocabulary}, the model's"
             )
     stops, keys = stop_tokens(model, stop), row_keys(seed, len(tokens))
-    said = said_tokens(model, np.asarray(tokens), lengths) if sampling.repetition_penalty is not None else None
+    said = (
+        said_tokens(model.vocabulary, np.asarray(tokens), lengths) if sampling.repetition_penalty is not None else None
+    )
     # A dense cache holds what is verified beside what is there to stay.
     room = count + gamma
     logits, cache = prefill(model, tokens, policy, lengths, max_new_tokens=room, **prefilling)

@@ -21,12 +21,13 @@ from kvx.models.build import Model
 from kvx.train.batch import Batch
 from kvx.train.data.stream import SAMPLED, fingerprint
 from kvx.train.interruption import Interruption
-from kvx.train.job import CheckpointSection, EvaluateSection, StageSection
+from kvx.train.job import CheckpointSection, EvaluateSection
 from kvx.train.loop import Trainer
 from kvx.train.mesh import row_share
 from kvx.train.metrics import FILE, read
 from kvx.train.objective import objective
 from kvx.train.parameters import converted_layers
+from kvx.train.stage import StageSection
 from kvx.train.windows import Windows, held_out
 
 KEPT = "setting.json"

@@ -28,11 +28,11 @@ from kvx.train.curve import UNCONVERTED, Bench, Setting, folder_of
 from kvx.train.curves_plot import plot
 from kvx.train.data.token_file import map_tokens
 from kvx.train.interruption import Interruption
-from kvx.train.job import LossSection, StageSection
 from kvx.train.mesh import ALONG_ROWS, check_batch, make_placement
 from kvx.train.metrics import FILE, read
 from kvx.train.recall import passkeys, prompts
 from kvx.train.shapes import model_config
+from kvx.train.stage import LossSection, StageSection
 
 TOKENS = "uint16"
 """Of .bin files."""

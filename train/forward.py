@@ -18,8 +18,8 @@ from kvx.decoder import Block, Decoder
 from kvx.mesh import Placement, place_parameters
 from kvx.pytree import pytree
 from kvx.train.attention import causal_attention
-from kvx.train.job import Remat
 from kvx.train.mesh import GATHERED
+from kvx.train.stage import Remat
 
 KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 """What of a layer outlives its forward pass. Products with weights have no batch dimensions, attention's have."""

@@ -6,18 +6,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from kvx.errors import BadInput
-from kvx.section import Count, Positive, Range, Section, Share, Weight, Whole
-
-Amount = Share | Whole
-"""A float is a share of a stage's steps, an integer a number of steps."""
+from kvx.section import Count, Range, Section, Whole
+from kvx.train.stage import StageSection
 
 AxisSize = Count | Literal[-1]
 """Devices along an axis of the mesh; -1: all that the others leave."""
-
-
-Remat = Literal["none", "dots", "full"]
-"""What a layer's backward pass recomputes: nothing, so that all activations are kept; everything but the results of its
-projections, attention's scores above all; or everything, so that only the layer's input is kept."""
 
 
 @dataclass(frozen=True)
@@ -95,105 +88,6 @@ class DataSection(Section):
     tokens_dtype: Literal["uint16", "uint32"] = "uint16"
     document_end: Whole | None = None
     pairs: PairsSection = PairsSection()
-
-
-@dataclass(frozen=True)
-class LossSection(Section):
-    """Weights of the losses that are added (`kvx.train.losses`), each a mean per token.
-
-    Attributes:
-        ce: cross-entropy of the text.
-        kl: KL(teacher || student) of the logits.
-        reverse_kl: KL(student || teacher).
-        js: Jensen-Shannon divergence.
-        hidden: squared distance of hidden states after each layer.
-        relation: MiniLM's relations of queries, keys and values in the last layer.
-        temperature: of the three divergences.
-        beta: of DPO.
-        chunk: tokens whose logits exist at a time.
-    """
-
-    ce: Weight = 0.0
-    kl: Weight = 1.0
-    reverse_kl: Weight = 0.0
-    js: Weight = 0.0
-    hidden: Weight = 0.0
-    relation: Weight = 0.0
-    temperature: Positive = 1.0
-    beta: Positive = 0.01
-    chunk: Count = 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not any((self.ce, self.kl, self.reverse_kl, self.js, self.hidden, self.relation)):
-            raise BadInput("ce, kl, reverse_kl, js, hidden and relation are all 0; allowed: one of them above 0")
-
-
-@dataclass(frozen=True)
-class StageSection(Section):
-    """One stage of training, with an optimizer of its own.
-
-    Attributes:
-        kind: "distill": the losses of `loss` on text; "dpo": preferences, against the student as the stage begins.
-        tokens: to train on, padding included; or
-        steps: of the optimizer: one of the two.
-        batch: sequences (dpo: pairs) of a step, over all devices and accumulated parts.
-        accumulate: parts that a batch is cut into, one after the other.
-        learning_rate: its peak.
-        schedule: after the warmup: "cosine" to 0; "constant"; "wsd": constant, then 1 - sqrt over the last `decay`.
-        warmup: steps of linear growth from 0 (an integer), or their share (a float).
-        decay: as warmup, of "wsd" alone.
-        weight_decay: of AdamW.
-        betas: of AdamW.
-        clip: global norm of the gradient; None: as it is.
-        loss: weights of the losses.
-        train: "all"; "attention": what was converted; or a regular expression found in the parameters' paths.
-        remat: which activations of a layer are recomputed in the backward pass, to save memory.
-        compute_dtype: of the student's pass; its master weights are float32.
-        ema: decay of a running mean of the weights, which is then what is judged and saved; None: none.
-    """
-
-    kind: Literal["distill", "dpo"] = "distill"
-    tokens: Count | None = None
-    steps: Count | None = None
-    batch: Count = 8
-    accumulate: Count = 1
-    learning_rate: Positive = 8e-5
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    warmup: Amount = 0.01
-    decay: Amount = 0.1
-    weight_decay: Weight = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    clip: Positive | None = 1.0
-    loss: LossSection = LossSection()
-    train: str = "all"
-    remat: Remat = "full"
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    ema: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.tokens is None) == (self.steps is None):
-            raise BadInput(f"tokens={self.tokens} and steps={self.steps}; allowed: one of the two")
-        if self.kind == "dpo" and self.steps is None:
-            raise BadInput(f"tokens={self.tokens} of a dpo stage; allowed: steps")
-        if self.batch % self.accumulate:
-            raise BadInput(f"accumulate={self.accumulate}; allowed: a divisor of batch={self.batch}")
-        try:
-            re.compile(self.train)
-        except re.error as error:
-            raise BadInput(f"train={self.train!r}, which is no regular expression: {error}") from None
-
-    def total_steps(self, sequence: int) -> int:
-        """Steps of the optimizer.
-
-        Args:
-            sequence: tokens of a row.
-        """
-        if self.steps is not None:
-            return self.steps
-        assert self.tokens is not None, "one of the two is there"
-        return max(1, self.tokens // (self.batch * sequence))
 
 
 @dataclass(frozen=True)

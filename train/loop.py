@@ -24,12 +24,13 @@ from kvx.train.checkpoints import Checkpoints
 from kvx.train.evaluation import Judge
 from kvx.train.flops import peak, training_flops
 from kvx.train.interruption import Interruption
-from kvx.train.job import CheckpointSection, EvaluateSection, StageSection
+from kvx.train.job import CheckpointSection, EvaluateSection
 from kvx.train.mesh import make_placement
 from kvx.train.metrics import Metrics
 from kvx.train.objective import text_loss
 from kvx.train.parameters import Arrays, Frame, cast
 from kvx.train.recall import recalled
+from kvx.train.stage import StageSection
 from kvx.train.step import Objective, Step, TrainState, abstract
 
 

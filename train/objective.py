@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 from kvx.decoder import Decoder
 from kvx.mesh import Placement
 from kvx.train.forward import Pass, run
-from kvx.train.job import LossSection, Remat, StageSection
 from kvx.train.losses import LOGIT_LOSSES, hidden_loss, log_probabilities, logit_losses, next_tokens
 from kvx.train.preferences import dpo_loss
 from kvx.train.relations import relation_loss
+from kvx.train.stage import LossSection, Remat, StageSection
 from kvx.train.step import Objective
 
 RELATED = ("queries", "keys", "values")

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from kvx.mesh import Placement
-from kvx.train.job import StageSection
+from kvx.train.stage import StageSection
 
 
 def steps_of(amount: float | int, total: int) -> int:

@@ -19,10 +19,10 @@ from jaxtyping import Array, Float
 from kvx.decoder import Decoder
 from kvx.mesh import Placement
 from kvx.pytree import pytree
-from kvx.train.job import StageSection
 from kvx.train.mesh import GATHERED, row_share
 from kvx.train.optimizer import optimizer, place_state, schedule
 from kvx.train.parameters import Arrays, Frame, cast
+from kvx.train.stage import StageSection
 
 
 @pytree

@@ -8,9 +8,10 @@ import pytest
 from kvx.errors import BadInput
 from kvx.section_file import table_from
 from kvx.train import metrics
-from kvx.train.job import ConvertSection, Job, MeshSection, StageSection
+from kvx.train.job import ConvertSection, Job, MeshSection
 from kvx.train.job_checks import check_job
 from kvx.train.job_file import read_job
+from kvx.train.stage import StageSection
 from tests.tiny import CONFIG
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ import pytest
 from kvx.train.batch import Batch, Pairs
 from kvx.train.convert import recipe
 from kvx.train.forward import run
-from kvx.train.job import LossSection
 from kvx.train.objective import Distillation, Preference
 from kvx.train.relations import relation_loss
+from kvx.train.stage import LossSection
 from tests.train.convert import layers
 from tests.train.tiny_runs import LENGTH, models
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from kvx.train.job import LossSection
+from kvx.train.stage import LossSection
 from kvx.train.windows import Windows
 from tests import tiny, tiny_latent
 from tests.train.tiny_runs import LENGTH, Squares, curve, make_step, mesh, models, one_device, stage, text

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from kvx.train.job import CheckpointSection, EvaluateSection, LossSection, MeshSection, StageSection
+from kvx.train.job import CheckpointSection, EvaluateSection, MeshSection
 from kvx.train.loop import Trainer
 from kvx.train.mesh import make_placement, row_share
 from kvx.train.objective import objective
 from kvx.train.parameters import Frame
 from kvx.train.processes import join_processes
+from kvx.train.stage import LossSection, StageSection
 from kvx.train.step import Step
 from kvx.train.windows import Windows, held_out
 from tests import tiny
