@@ -29,6 +29,22 @@ def same_segment(
     return visibility[queries[:, :, None], keys[:, None, :]]
 
 
+def tile_mask(
+    query_positions: Int[Array, "#M #N"],
+    key_positions: Int[Array, "#M #N"],
+    window: int | None,
+    labels: tuple[Int[Array, "#M #N"], Int[Array, "#M #N"]] | None,
+) -> Bool[Array, "M N"]:
+    """Which keys of a tile a query may see: `visible` and, given labels (queries', keys'), of its own label or SHARED.
+
+    Queries as rows and keys as columns, or the other way round, so that a kernel need not turn its tile.
+    """
+    seen = visible(query_positions, key_positions, window)
+    if labels is None:
+        return seen
+    return seen & ((labels[0] == labels[1]) | (labels[1] == SHARED))
+
+
 def scaled_logits(
     queries: Float[Array, "*#batch T D"], keys: Float[Array, "*#batch S D"], scale: float, softcap: float | None
 ) -> Float[Array, "*batch T S"]:

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.logits import tile_mask
 from kvx.kernels.prefill_attention.columns import Column
 from kvx.kernels.prefill_attention.mosaic_tpu_tiles import (
     LANES,
@@ -21,7 +22,6 @@ from kvx.kernels.prefill_attention.mosaic_tpu_tiles import (
     is_turned,
     runs_of,
     tile_logits,
-    tile_mask,
     turn,
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the TPU kernels of prefill attention share: tiles of logits (keys by queries), their mask, and turned operands.
+"""What the TPU kernels of prefill attention share: tiles of logits (keys by queries), and turned operands.
 
 A head dim below the 128 lanes is kept with tokens last, (D, tokens): the other way round each row would be padded to
 the lanes in main memory, and XLA would make that copy at every call.
@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kvx.kernels.implementations import LANES
-from kvx.kernels.logits import SHARED, visible
 
 FLOOR = -1e30
 """Below every logit, and finite: the difference of two of them is 0, where that of two infinities is nan."""
@@ -55,16 +54,3 @@ def product(first: Array, second: Array, contracted: tuple[int, int]) -> Float[A
 def column_of(row: Int[Array, "1 N"]) -> Int[Array, "N 1"]:
     """A row as a column: lanes turn into sublanes in whole registers only."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
-
-
-def tile_mask(
-    query_positions: Int[Array, "1 Q"],
-    key_positions: Int[Array, "K 1"],
-    window: int | None,
-    labels: tuple[Any, Any] | None,
-) -> Bool[Array, "K Q"]:
-    """Who sees whom; labels of queries (1, Q) and of keys (K, 1)."""
-    seen = visible(query_positions, key_positions, window)
-    if labels is None:
-        return seen
-    return seen & ((labels[0] == labels[1]) | (labels[1] == SHARED))

@@ -12,7 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from kvx.kernels.prefill_attention.triton_tiles import LOG2E, Logits, dot, rows_of, sweep, tile_mask
+from kvx.kernels.logits import tile_mask
+from kvx.kernels.prefill_attention.triton_tiles import LOG2E, Logits, dot, rows_of, sweep
 
 
 def _query_kernel(

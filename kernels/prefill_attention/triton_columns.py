@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from kvx.kernels.logits import tile_mask
 from kvx.kernels.prefill_attention.columns import Column
-from kvx.kernels.prefill_attention.triton_tiles import LOG2E, Logits, dot, rows_of, sweep, tile_mask
+from kvx.kernels.prefill_attention.triton_tiles import LOG2E, Logits, dot, rows_of, sweep
 
 TILES = 1
 """Statistics that are kept as whole tiles at most; a second one does not fit the registers of a wide block."""

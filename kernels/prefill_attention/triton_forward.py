@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from kvx.kernels.prefill_attention.triton_tiles import FLOOR, Logits, dot, rows_of, sweep, tile_mask
+from kvx.kernels.logits import tile_mask
+from kvx.kernels.prefill_attention.triton_tiles import FLOOR, Logits, dot, rows_of, sweep
 
 
 def _kernel(runs, queries, keys, values, positions, spots, *rest, logits: Logits, window: int | None, key_block: int):

@@ -1,4 +1,4 @@
-"""What the Triton kernels of prefill attention share: a tile's logits, its mask, and the sweep over blocks in reach.
+"""What the Triton kernels of prefill attention share: a tile's logits, and the sweep over blocks in reach.
 
 Logits are in base 2 (times log2 e), since the GPU's exponential is. Lengths are multiples of the blocks, so that no
 load needs a mask; what padding may see is said by positions alone.
@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float, Int
-
-from kvx.kernels.logits import SHARED, visible
+from jaxtyping import Array, Float
 
 LOG2E = math.log2(math.e)
 FLOOR = -1e30
@@ -54,19 +52,6 @@ def dot(first: Float[Array, "M K"], second: Float[Array, "X Y"], *, trans_b: boo
     precision = jax.lax.Precision.HIGHEST if first.dtype == jnp.float32 else None
     dimensions = (((1,), (1 if trans_b else 0,)), ((), ()))
     return jax.lax.dot_general(first, second, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def tile_mask(
-    query_positions: Int[Array, "*query"],
-    key_positions: Int[Array, "*key"],
-    window: int | None,
-    labels: tuple[Int[Array, "*query"], Int[Array, "*key"]] | None,
-) -> Bool[Array, "M N"]:
-    """Who sees whom; queries as a column and keys as a row, or the other way round."""
-    seen = visible(query_positions, key_positions, window)
-    if labels is None:
-        return seen
-    return seen & ((labels[0] == labels[1]) | (labels[1] == SHARED))
 
 
 def sweep(runs: Any, body: Callable[[Array, Carry, bool], Carry], start: Carry) -> Carry:
