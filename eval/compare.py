@@ -14,6 +14,7 @@ from rich.console import Console
 
 import kvx
 from kvx.errors import BadInput
+from kvx.eval.comparison import PolicyResult, Results, policy_results
 from kvx.eval.cost import lap
 from kvx.eval.job import FULL, EvalJob, FidelitySection, TaskSection
 from kvx.eval.loading import Loaded
@@ -21,7 +22,6 @@ from kvx.eval.programs import make_room
 from kvx.eval.provenance import provenance
 from kvx.eval.readying import ready
 from kvx.eval.records import RECORDS, Record, read
-from kvx.eval.results import PolicyResult, Results, policy_results
 from kvx.eval.run import run
 from kvx.eval.stopwatch import Stopwatch
 from kvx.progress import Steps

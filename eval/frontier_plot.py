@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from kvx.eval.results import Results
+    from kvx.eval.comparison import Results
 
 Point = tuple[float, float, str]
 

@@ -40,7 +40,7 @@ def compare(
     """
     from kvx.compilation_cache import enable_compilation_cache
     from kvx.eval.compare import Workload, checked_out, compare_policies, default_policies
-    from kvx.eval.results import print_results
+    from kvx.eval.comparison import print_results
     from kvx.prose import prose
 
     chosen = [policy_argument(each) for each in policy] if policy else default_policies()

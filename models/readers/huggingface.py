@@ -1,4 +1,4 @@
-"""A Hugging Face directory (config.json, safetensors, tokenizer files) as a checkpoint, and writing one.
+"""A Hugging Face directory (config.json, safetensors, tokenizer files) as a checkpoint.
 
 Only JSON, safetensors and text templates are read: nothing is ever unpickled.
 """

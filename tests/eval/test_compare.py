@@ -12,10 +12,10 @@ from rich.console import Console
 import kvx
 from kvx.errors import BadInput
 from kvx.eval.compare import DEFAULTS, Workload, checked_out, compare_policies, default_policies
+from kvx.eval.comparison import print_results
 from kvx.eval.cost.cache_bytes import as_bfloat16
 from kvx.eval.frontier_plot import frontier
 from kvx.eval.records import RECORDS, Record, read
-from kvx.eval.results import print_results
 from kvx.prose import prose
 from tests.eval.letters import Letters
 from tests.tiny import model, prompts

@@ -15,7 +15,7 @@ from kvx.destinations import make_folder
 from kvx.errors import BadInput
 from kvx.models.build import Model, abstract_model
 from kvx.train.convert import convert, measure_moments, recipe_for
-from kvx.train.convert.held_out import perplexity, windows
+from kvx.train.convert.perplexity import perplexity, windows
 from kvx.train.data import Documents, Encoding, open_documents
 from kvx.train.shapes import model_config
 

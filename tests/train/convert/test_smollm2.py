@@ -9,7 +9,7 @@ import pytest
 import kvx
 from kvx.prose import documents, prose
 from kvx.train.convert import convert, measure_moments, parse_recipe
-from kvx.train.convert.held_out import perplexity
+from kvx.train.convert.perplexity import perplexity
 
 pytestmark = [pytest.mark.slow, pytest.mark.weights]
 
