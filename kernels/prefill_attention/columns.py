@@ -91,6 +91,16 @@ class Column:
         return distance < near_width(lengths, self.near)[:, None, None, None]
 
 
+def votes_and_widths(
+    columns: tuple[Column, ...], positions: Int[Array, "B T"], lengths: Int[Array, "B"] | None
+) -> tuple[Float[Array, "B N T"], Int[Array, "B N"]] | tuple[None, None]:
+    """What each query counts for and how many tokens are near, by statistic; None: every query counts, of any key."""
+    if lengths is None or all(min(column.near, column.last) == inf for column in columns):
+        return None, None
+    votes = jnp.stack([column.votes(positions, lengths) for column in columns], axis=1)
+    return votes, jnp.stack([near_width(lengths, column.near) for column in columns], axis=1)
+
+
 def near_width(lengths: Int[Array, "B"], near: float) -> Int[Array, "B"]:
     """ceil(near * length), with a little less than the share so that float rounding adds no token."""
     if near == inf:

@@ -6,16 +6,15 @@ registers, and what belongs to a query (log-sum-exp, position, vote) is a compac
 """
 
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.implementations import LANES
-from kvx.kernels.prefill_attention.columns import Column, near_width
+from kvx.kernels.prefill_attention.columns import Column, votes_and_widths
 from kvx.kernels.prefill_attention.gradient import Result
-from kvx.kernels.prefill_attention.reach import causal_reaches, reaches
+from kvx.kernels.prefill_attention.reach import lengthened, reaches, reaches_in_order
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -68,16 +67,14 @@ def prefill_attention(
         # A whole prompt stays square when it is filled up to blocks.
         blocks = (min(blocks),) * 2
     padded_length, padded_total = (size + -size % block for size, block in zip((length, total), blocks, strict=True))
-    queries = _lengthened(queries, 3, padded_length, 0)
-    keys, values = (_lengthened(array, 2, padded_total, 0) for array in (keys, values))
-    query_positions = _lengthened(query_positions, 1, padded_length, -1)
-    key_positions = _lengthened(key_positions, 2, padded_total, -1)
+    queries = lengthened(queries, 3, padded_length, 0)
+    keys, values = (lengthened(array, 2, padded_total, 0) for array in (keys, values))
+    query_positions = lengthened(query_positions, 1, padded_length, -1)
+    key_positions = lengthened(key_positions, 2, padded_total, -1)
     if segments is not None:
-        segments = _lengthened(segments[0], 1, padded_length, 0), _lengthened(segments[1], 1, padded_total, 0)
+        segments = lengthened(segments[0], 1, padded_length, 0), lengthened(segments[1], 1, padded_total, 0)
     if ordered:
-        real = jnp.sum(query_positions >= 0, axis=1, dtype=jnp.int32)
-        runs = causal_reaches(real, padded_total, *blocks)
-        runs = tuple(jnp.broadcast_to(each, (*key_positions.shape[:2], *each.shape[2:])) for each in runs)
+        runs = reaches_in_order(query_positions, key_positions, *blocks)
     else:
         runs = reaches(query_positions, key_positions, segments, window, *blocks)
     shared = {"scale": scale, "window": window, "softcap": softcap, "blocks": blocks}
@@ -87,10 +84,7 @@ def prefill_attention(
     for pooled in (False, True):
         some = tuple(column for column in columns if column.pooled is pooled)
         if some:
-            votes = widths = None
-            if lengths is not None and any(min(column.near, column.last) < inf for column in some):
-                votes = jnp.stack([column.votes(query_positions, lengths) for column in some], axis=1)
-                widths = jnp.stack([near_width(lengths, column.near) for column in some], axis=1)
+            votes, widths = votes_and_widths(some, query_positions, lengths)
             arrays = statistics(runs[1], queries, keys, lse, *operands, votes, widths, columns=some, **shared)
             found |= {column: array[..., :total] for column, array in zip(some, arrays, strict=True)}
     return out[:, :, :, :length], lse[:, :, :, :length], {column: found[column] for column in columns}
@@ -100,11 +94,3 @@ def _fitting(block: int, size: int) -> int:
     """The largest multiple of the lanes up to `block` that fills up `size` the least."""
     whole = size + -size % LANES
     return max(each for each in range(LANES, max(block, LANES) + 1, LANES) if whole % each == 0)
-
-
-def _lengthened(array: Array, axis: int, size: int, fill: int) -> Array:
-    if array.shape[axis] == size:
-        return array
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, size - array.shape[axis])
-    return jnp.pad(array, widths, constant_values=fill)

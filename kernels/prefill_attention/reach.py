@@ -9,7 +9,7 @@ visited in vain, none that is visible is left out.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from kvx.kernels.logits import SHARED
 
@@ -124,6 +124,25 @@ def causal_reaches(
     none = stop <= full
     by_key = (first, jnp.where(none, first, full), jnp.where(none, first, stop), last)
     return _table(by_query), _table(by_key)
+
+
+def reaches_in_order(
+    query_positions: Int[Array, "B T"], key_positions: Int[Array, "B G T"], query_block: int, key_block: int
+) -> tuple[Int[Array, "B G Q 4"], Int[Array, "B G K 4"]]:
+    """`causal_reaches` for every KV head: keys are the queries' own tokens, in order, padding last."""
+    lengths = jnp.sum(query_positions >= 0, axis=1, dtype=jnp.int32)
+    found = causal_reaches(lengths, key_positions.shape[2], query_block, key_block)
+    by_query, by_key = (jnp.broadcast_to(runs, (*key_positions.shape[:2], *runs.shape[2:])) for runs in found)
+    return by_query, by_key
+
+
+def lengthened(array: Shaped[Array, "..."], axis: int, size: int, fill: int | float) -> Shaped[Array, "..."]:
+    """The array filled up to `size` along an axis: kernels take whole blocks."""
+    if array.shape[axis] == size:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, size - array.shape[axis])
+    return jnp.pad(array, widths, constant_values=fill)
 
 
 def _table(runs: tuple[Array, ...]) -> Int[Array, "B 1 N 4"]:

@@ -5,7 +5,6 @@ nobody asks. The backward pass is cuDNN's where the first pass was and only the 
 """
 
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any
 
 import jax
@@ -14,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from kvx.kernels.checks import triton_refusal
 from kvx.kernels.prefill_attention import cudnn
-from kvx.kernels.prefill_attention.columns import Column, near_width
+from kvx.kernels.prefill_attention.columns import Column, votes_and_widths
 from kvx.kernels.prefill_attention.gradient import Bound, Kept, Pullback, Result, Sight, row_terms
-from kvx.kernels.prefill_attention.reach import causal_reaches, reaches
+from kvx.kernels.prefill_attention.reach import lengthened, reaches, reaches_in_order
 
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -201,13 +200,10 @@ class _Problem:
 
         cut = self.tuning.columns
         padded = self._padded(cut)
-        positions, lengths = padded.sight.query_positions, padded.sight.lengths
-        votes = widths = None
-        if lengths is not None and any(min(column.near, column.last) < inf for column in columns):
-            votes = jnp.stack([column.votes(positions, lengths) for column in columns], axis=1)
-            widths = jnp.stack([near_width(lengths, column.near) for column in columns], axis=1)
+        positions = padded.sight.query_positions
+        votes, widths = votes_and_widths(columns, positions, padded.sight.lengths)
         found = statistics(
-            padded._runs(cut)[1], padded.queries, padded.keys, _lengthened(lse, 3, padded.queries.shape[3], -jnp.inf),
+            padded._runs(cut)[1], padded.queries, padded.keys, lengthened(lse, 3, padded.queries.shape[3], -jnp.inf),
             positions, padded.sight.key_positions, padded.sight.segments, votes, widths, columns=columns,
             ahead=self.tuning.ahead, **self._kernel(cut),
         )  # fmt: skip
@@ -221,8 +217,8 @@ class _Problem:
         padded = self._padded(cut)
         length = padded.queries.shape[3]
         found = backward(
-            padded._runs(cut), padded.queries, padded.keys, padded.values, _lengthened(d_out, 3, length, 0),
-            _lengthened(kept.lse, 3, length, -jnp.inf), _lengthened(row_terms(kept, d_out, d_lse), 3, length, 0),
+            padded._runs(cut), padded.queries, padded.keys, padded.values, lengthened(d_out, 3, length, 0),
+            lengthened(kept.lse, 3, length, -jnp.inf), lengthened(row_terms(kept, d_out, d_lse), 3, length, 0),
             padded.sight.query_positions, padded.sight.key_positions, padded.sight.segments, **self._kernel(cut),
         )  # fmt: skip
         sizes = (kept.queries.shape[3], kept.keys.shape[2], kept.keys.shape[2])
@@ -234,11 +230,7 @@ class _Problem:
         """Blocks in reach, by arithmetic where the prompt is whole and in order."""
         query_positions, key_positions = self.sight[:2]
         if self.ordered:
-            lengths = jnp.sum(query_positions >= 0, axis=1, dtype=jnp.int32)
-            found = causal_reaches(lengths, self.keys.shape[2], cut.query_block, cut.key_block)
-            shape = key_positions.shape[:2]
-            by_query, by_key = (jnp.broadcast_to(runs, (*shape, *runs.shape[2:])) for runs in found)
-            return by_query, by_key
+            return reaches_in_order(query_positions, key_positions, cut.query_block, cut.key_block)
         return reaches(query_positions, key_positions, self.sight.segments, self.window, cut.query_block, cut.key_block)
 
     def _kernel(self, cut: Pass) -> dict[str, Any]:
@@ -257,24 +249,16 @@ class _Problem:
             to_length = to_total = total + -total % largest
         segments = self.sight.segments
         if segments is not None:
-            segments = (_lengthened(segments[0], 1, to_length, 0), _lengthened(segments[1], 1, to_total, 0))
+            segments = (lengthened(segments[0], 1, to_length, 0), lengthened(segments[1], 1, to_total, 0))
         sight = self.sight._replace(
-            query_positions=_lengthened(self.sight.query_positions, 1, to_length, -1),
-            key_positions=_lengthened(self.sight.key_positions, 2, to_total, -1),
+            query_positions=lengthened(self.sight.query_positions, 1, to_length, -1),
+            key_positions=lengthened(self.sight.key_positions, 2, to_total, -1),
             segments=segments,
         )
         return replace(
             self,
-            queries=_lengthened(self.queries, 3, to_length, 0),
-            keys=_lengthened(self.keys, 2, to_total, 0),
-            values=_lengthened(self.values, 2, to_total, 0),
+            queries=lengthened(self.queries, 3, to_length, 0),
+            keys=lengthened(self.keys, 2, to_total, 0),
+            values=lengthened(self.values, 2, to_total, 0),
             sight=sight,
         )
-
-
-def _lengthened(array: Array, axis: int, size: int, fill: Any) -> Array:
-    if array.shape[axis] == size:
-        return array
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, size - array.shape[axis])
-    return jnp.pad(array, widths, constant_values=fill)
