@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from kvx.kernels.checks import dtype_refusal
 from kvx.kernels.implementations import LANES
 from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, dtypes, width
-from kvx.kernels.logits import visible
+from kvx.kernels.logits import capped, visible
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.quantize_pack.coded import range_minimum, range_scale
 
@@ -221,8 +221,7 @@ def _kernel(
             rotary, words, ranges = (ref[...] for ref in held)
             turned = rotary.shape[0]
             scores, mix = _coded(asked[:, :turned], asked[:, turned:], rotary, words, ranges, inside)
-        scores = scale * scores
-        scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+        scores = capped(scale * scores, softcap)
         scores = scores if bias_ref is None else scores + bias_ref[...]
         row = m * scores.shape[0] + jax.lax.broadcasted_iota(jnp.int32, (scores.shape[0], 1), 0)
         # A row of each head at each of a few positions, which are scalars; rows behind them see nothing.

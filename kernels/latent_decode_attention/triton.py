@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from kvx.kernels.checks import dtype_refusal, triton_refusal
 from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, dtypes
+from kvx.kernels.logits import capped
 from kvx.kernels.merge_partials import Partial, merge_axis
 from kvx.kernels.quantize_pack.coded import range_minimum, range_scale
 
@@ -243,9 +244,7 @@ def _kernel(queries_ref, spots_ref, places_ref, bias_ref, held, out_ref, lse_ref
         latents = work.latents(held, row, slots, dtype)
         for query, tile in zip(asked_latent, latents, strict=True):
             scores += _dot(query, tile, 1)
-        scores *= work.scale
-        if work.softcap is not None:
-            scores = work.softcap * jnp.tanh(scores / work.softcap)
+        scores = capped(scores * work.scale, work.softcap)
         if bias_ref is not None:
             scores += plgpu.load(bias_ref.at[row, slots], mask=inside, other=0.0)[None, :]
         places = slots

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.latent_decode_attention.operands import CodedRows, Rows, capacity, slots_first
-from kvx.kernels.logits import softmax_rows, visible
+from kvx.kernels.logits import capped, softmax_rows, visible
 from kvx.kernels.merge_partials import Partial
 
 
@@ -32,8 +32,7 @@ def latent_decode_attention(
     kept = "bdc" if slots_last else "bcd"
     matrix = queries.reshape(batch, length * heads, dim)
     logits = scale * jnp.einsum(f"bmd,{kept}->bmc", matrix, rows, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    logits = capped(logits, softcap)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[:, None]
     seen = visible(query_positions[..., None], places[:, None], window)

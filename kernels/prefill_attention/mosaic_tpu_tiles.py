@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvx.kernels.implementations import LANES
+from kvx.kernels.logits import capped
 
 FLOOR = -1e30
 """Below every logit, and finite: the difference of two of them is 0, where that of two infinities is nan."""
@@ -40,8 +41,7 @@ def tile_logits(
     key: Float[Array, "*key"], query: Float[Array, "*query"], *, turned: bool, scale: float, softcap: float | None
 ) -> Float[Array, "keys queries"]:
     """softcap(scale * k . q), float32."""
-    scores = scale * product(key, query, (0, 0) if turned else (1, 1))
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    return capped(scale * product(key, query, (0, 0) if turned else (1, 1)), softcap)
 
 
 def product(first: Array, second: Array, contracted: tuple[int, int]) -> Float[Array, "M N"]:

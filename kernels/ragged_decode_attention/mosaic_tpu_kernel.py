@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kvx.kernels.logits import capped
+
 LOWEST = -1e30
 """A finite stand-in for the logit of what is not seen: -inf - -inf is nan."""
 
@@ -130,9 +132,7 @@ def kernel(
             return (slots >= done) & (slots < lengths_ref[one])
 
         seen = held((queries.shape[0], block), 1)
-        logits = scale * _dot(queries, keys, 1)
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
+        logits = capped(scale * _dot(queries, keys, 1), softcap)
         if "key_positions" in given:
 
             def offset(index: int) -> Any:

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kvx.kernels.checks import dtype_refusal, triton_refusal
+from kvx.kernels.logits import capped
 from kvx.kernels.merge_partials import Partial
 from kvx.kernels.ragged_decode_attention.reads import Reads
 
@@ -171,9 +172,7 @@ def _attend(
         values_ref = given.get("values", keys_ref)
         first = values_ref.shape[1] - value_dim
         values = plgpu.load(values_ref.at[_channels(row, first, value_dim)], mask=held[:, None], other=0.0)
-        logits = scale * _dot(queries, keys.astype(dtype), 1)
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
+        logits = capped(scale * _dot(queries, keys.astype(dtype), 1), softcap)
         seen = jnp.broadcast_to(held[None, :], logits.shape)
         if "key_positions" in given:
             positions = plgpu.load(given["key_positions"].at[row], mask=held, other=-1)
