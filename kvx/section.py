@@ -23,8 +23,8 @@ class Range:
         return above and (value < self.high if self.open_high else value <= self.high)
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.open_low else f"of at least {self.low:g}"
-        high = f"below {self.high:g}" if self.open_high else f"of at most {self.high:g}"
+        low = f"{'above' if self.open_low else 'of at least'} {_digits(self.low)}"
+        high = f"{'below' if self.open_high else 'of at most'} {_digits(self.high)}"
         ends = ([low] if math.isfinite(self.low) else []) + ([high] if math.isfinite(self.high) else [])
         return " and ".join(ends)
 
@@ -95,6 +95,10 @@ def allowed(hint: Any) -> str:
     if origin is Mapping or (isinstance(hint, type) and issubclass(hint, Section)):
         return "a table"
     return {int: "an integer", float: "a finite number", str: "a text", bool: "true or false"}[hint]
+
+
+def _digits(value: int | float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _matches(value: tuple, inner: tuple) -> bool:
