@@ -26,16 +26,14 @@ from kvx.errors import BadInput
 from kvx.models.build import Model, abstract_model
 from kvx.train.curve import UNCONVERTED, Bench, Setting, folder_of
 from kvx.train.curves_plot import plot
-from kvx.train.data.token_file import map_tokens
+from kvx.train.data.token_file import open_tokens
 from kvx.train.interruption import Interruption
+from kvx.train.job import MOST_CALIBRATION, RawIds
 from kvx.train.mesh import ALONG_ROWS, check_batch, make_placement
 from kvx.train.metrics import FILE, read
 from kvx.train.recall import passkeys, prompts
 from kvx.train.shapes import model_config
 from kvx.train.stage import LossSection, StageSection
-
-TOKENS = "uint16"
-"""Of .bin files."""
 
 
 def collect(out: Path, keys: Iterable[tuple[str, int]], tokens: int) -> list[dict[str, Any]]:
@@ -94,8 +92,9 @@ def check_starts(starts: Sequence[str], source: Model) -> None:
 def _command(
     out: Annotated[Path, typer.Argument(help="A folder for all curves.")],
     start: Annotated[list[str], typer.Option(help='A recipe, as "transmla(rank=64, rotary=32)"; a folder; or "none".')],
-    train: Annotated[Path, typer.Option(help="Token ids: .npy, or .bin of uint16.")],
+    train: Annotated[Path, typer.Option(help="Token ids: .npy, or .bin.")],
     judge: Annotated[Path, typer.Option("--held-out", help="Other token ids, to judge by.")],
+    tokens_dtype: Annotated[RawIds, typer.Option(help="Of a .bin file.")] = "uint16",
     model: Annotated[str, typer.Option(help="Source and teacher: a zoo name, a directory, a .gguf file.")] = (
         "smollm2-135m-instruct"
     ),
@@ -150,7 +149,9 @@ def _command(
     check_starts(start, shapes)
     if length > shapes.max_positions:
         raise BadInput(f"length={length}; allowed: at most {shapes.max_positions}, the model's positions")
-    text, other = (map_tokens(path, TOKENS, shapes.vocabulary) for path in (train, judge))
+    text, other = (open_tokens(path, tokens_dtype, None, shapes.vocabulary).tokens for path in (train, judge))
+    if calibration * length > MOST_CALIBRATION:
+        raise BadInput(f"calibration={calibration}; allowed: at most {MOST_CALIBRATION // length} rows of {length}")
     if len(text) < length * max(batch, calibration):
         raise BadInput(f"train has {len(text)} tokens; allowed: at least {length * max(batch, calibration)}")
     make_folder(out, "out")

@@ -12,6 +12,13 @@ from kvx.train.stage import StageSection
 AxisSize = Count | Literal[-1]
 """Devices along an axis of the mesh; -1: all that the others leave."""
 
+RawIds = Literal["uint16", "uint32"]
+"""What the ids of a .bin file are, which says nothing of itself."""
+
+
+MOST_CALIBRATION = 1 << 20
+"""Tokens that a conversion reads at most."""
+
 
 @dataclass(frozen=True)
 class TeacherSection(Section):
@@ -19,13 +26,18 @@ class TeacherSection(Section):
 
     Attributes:
         model: as `Job.model`; None: the source itself, before its conversion. Same vocabulary as the student.
-        shapes: as `Job.shapes`, of the teacher.
+        shapes: as `Job.shapes`, of the teacher; with `model` alone.
         dtype: of its weights and of its pass.
     """
 
     model: str | None = None
     shapes: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shapes is not None and self.model is None:
+            raise BadInput(f"shapes={self.shapes!r} without model, so the source teaches; allowed: both, or neither")
 
 
 @dataclass(frozen=True)
@@ -36,13 +48,20 @@ class ConvertSection(Section):
         recipe: of `kvx.train.convert`; "none" trains the model as it is.
         layers: "all", or the indices of those that are converted.
         options: of the recipe: rank, rotary, query_rank, delta, ...
-        calibration_tokens: of the training text, for recipes that look at activations.
+        calibration_tokens: of the training text, read anew where it ends, for recipes that look at activations. All
+            their residual streams are in memory together, in float32: `MOST_CALIBRATION` take 4 GiB for each 1024
+            channels of the model's width, and no paper reads as many.
     """
 
     recipe: str = "x_ecomla"
     layers: Literal["all"] | tuple[Whole, ...] = "all"
     options: Mapping[str, Any] = field(default_factory=dict)
-    calibration_tokens: Count = 32768
+    calibration_tokens: Annotated[int, Range(1, MOST_CALIBRATION)] = 32768
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "layers" in self.options:
+            raise BadInput(f"options.layers={self.options['layers']!r}; allowed: none, but layers beside options")
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,7 @@ class DataSection(Section):
     field: str = "text"
     sequence: Annotated[int, Range(2)] = 2048
     shuffle: bool = True
-    tokens_dtype: Literal["uint16", "uint32"] = "uint16"
+    tokens_dtype: RawIds = "uint16"
     document_end: Whole | None = None
     pairs: PairsSection = PairsSection()
 
@@ -153,7 +172,8 @@ class EvaluateSection(Section):
         tokens: of held-out text.
         passkey: prompts of the passkey workload, asked along the way and, policy by policy, at the end; 0: none.
         passkey_length: tokens of each.
-        policies: of the cache, as text: the trained model is judged under each, through the decode path.
+        policies: of the cache, as text: the trained model is judged under each, through the decode path, where there
+            is held-out text.
     """
 
     every: Count = 500

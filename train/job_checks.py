@@ -8,9 +8,10 @@ import kvx
 from kvx.errors import BadInput
 from kvx.models.build import Model, abstract_model
 from kvx.train.data.files import LINES, expand
-from kvx.train.job import Job
+from kvx.train.job import EvaluateSection, Job
 from kvx.train.mesh import check_batch, make_placement
 from kvx.train.metrics import check_tensorboard
+from kvx.train.optimizer import steps_of
 from kvx.train.parameters import Frame, converted_layers
 from kvx.train.shapes import NO_CONVERSION, model_config, recipe_options, stand_in, student_shapes
 
@@ -27,14 +28,15 @@ def check_job(job: Job, *, here: bool = True) -> Model:
 
     Raises:
         BadInput: layers or widths that the source does not have, a teacher of another vocabulary, rows beyond the
-            model's positions, unknown recipes and policies, a batch that the mesh does not divide, paths that hold
-            nothing, a package that is missing.
+            model's positions, a learning rate that never gets to its peak, unknown recipes and policies, a batch that
+            the mesh does not divide, paths that hold nothing, a package that is missing.
     """
     source = abstract_model(model_config(job.model, job.shapes), jnp.bfloat16)
     student = student_shapes(job, source, stand_in(job))
     check_trained(job, student)
     check_teacher(job, source, student)
     check_lengths(job, source)
+    check_schedules(job)
     for text in job.evaluate.policies:
         kvx.parse_policy(text).check([block.spec for block in student.blocks])
     if here:
@@ -54,6 +56,17 @@ def check_lengths(job: Job, source: Model) -> None:
     for name, length in lengths.items():
         if length > source.max_positions:
             raise BadInput(f"{name}={length}; allowed: at most {source.max_positions}, the model's positions")
+
+
+def check_schedules(job: Job) -> None:
+    """Every stage's learning rate reaches its peak: what leads up to it, and from it, takes no more than its steps."""
+    for index, stage in enumerate(job.stages):
+        total = stage.total_steps(job.data.sequence)
+        names = ("warmup", "decay") if stage.schedule == "wsd" else ("warmup",)
+        # Shares of all steps may come to one more, each rounded for itself; the peak is reached then, too.
+        if sum(steps_of(getattr(stage, name), total) for name in names) > total + len(names) - 1:
+            given = " and ".join(f"{name}={getattr(stage, name)}" for name in names)
+            raise BadInput(f"stages.{index}.{given} of {total} steps; allowed: at most {total} steps in all")
 
 
 def check_trained(job: Job, student: Model) -> None:
@@ -130,6 +143,10 @@ def check_paths(job: Job) -> None:
         expand(job.data.pairs.train, "data.pairs.train", LINES)
     if job.evaluate.passkey and not job.data.held_out:
         raise BadInput(f"evaluate.passkey={job.evaluate.passkey} without data.held_out; allowed: 0, or text to hide in")
+    if job.evaluate.policies not in ((), EvaluateSection().policies) and not job.data.held_out:
+        raise BadInput(
+            f"evaluate.policies={list(job.evaluate.policies)} without data.held_out; allowed: none, or text to judge by"
+        )
     folder = Path(job.output or "").expanduser().absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():

@@ -16,6 +16,7 @@ from kvx.train.data.documents import Documents
 from kvx.train.job import Job
 from kvx.train.material_checks import check_pieces, check_room, check_row
 from kvx.train.recall import passkeys, prompts
+from kvx.train.shapes import check_config
 
 TOGETHER = 4
 """Rows of a calibration batch."""
@@ -40,8 +41,8 @@ class Material:
     job: Job
     tokenizer: Tokenizer
     encoding: Encoding
-    train: Sequence[Any]
-    held_out: Sequence[Any]
+    train: Documents
+    held_out: Documents
     pairs: Sequence[dict[str, str]]
     prompts: Sequence[Any] = ()
 
@@ -102,22 +103,31 @@ def read_material(job: Job, source: Model) -> Material:
 
     Raises:
         BadInput: files that cannot be read, or hold no text; a broken line, by file and number; a tokenizer whose ids
-            the model has no embedding for, or whose pieces are not the teacher's; passkeys beyond the model's
-            positions; less to judge by than a row.
+            the model has no embedding for, or whose pieces are not the teacher's; shapes of another model; passkeys
+            beyond the model's positions; less to judge by than a row.
     """
     from kvx.models.readers import read_checkpoint
     from kvx.models.zoo import resolve
 
-    tokenizer = Tokenizer.from_checkpoint(read_checkpoint(resolve(job.model)))
+    checkpoint = read_checkpoint(resolve(job.model))
+    check_config(job.shapes, job.model, checkpoint.config, "shapes")
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
     rows = source.embedding.table.shape[0]
     if tokenizer.vocabulary > rows:
         raise BadInput(
             f"the tokenizer of {job.model!r} has {tokenizer.vocabulary} tokens; allowed: at most {rows}, the model's "
             "vocabulary"
         )
-    if job.teacher.model not in (None, job.model):
-        check_pieces(job, tokenizer, Tokenizer.from_checkpoint(read_checkpoint(resolve(job.teacher.model))))
+    if job.teacher.model is not None:
+        teachers = checkpoint if job.teacher.model == job.model else read_checkpoint(resolve(job.teacher.model))
+        check_config(job.teacher.shapes, job.teacher.model, teachers.config, "teacher.shapes")
+        if teachers is not checkpoint:
+            check_pieces(job, tokenizer, Tokenizer.from_checkpoint(teachers))
     encoding, data = Encoding.of(tokenizer), job.data
+    if data.document_end is not None and data.document_end >= encoding.vocabulary:
+        raise BadInput(
+            f"data.document_end={data.document_end}; allowed: 0 to {encoding.vocabulary - 1}, the vocabulary, or none"
+        )
     end = encoding.end if data.document_end is None else data.document_end
     ids: dict[str, Any] = {"end": end, "dtype": data.tokens_dtype, "vocabulary": encoding.vocabulary}
 
@@ -126,9 +136,8 @@ def read_material(job: Job, source: Model) -> Material:
 
     pairs = open_pairs(data.pairs.train, "data.pairs.train") if data.pairs.train else ()
     train, held_out, asked = texts(data.train, "data.train"), texts(data.held_out, "data.held_out"), job.evaluate
-    for document in (*train.first_of_files, *held_out.first_of_files):
-        if isinstance(document, list):
-            encoding(document)  # refuses messages without a template
+    for chat in (*train.first_chats, *held_out.first_chats):
+        encoding(chat)  # refuses messages without a template
     if held_out and asked.policies:
         check_row(job, held_out, encoding)
     hidden: Sequence[Any] = ()

@@ -14,6 +14,10 @@ from kvx.train.job import Job
 NO_CONVERSION = "none"
 """The recipe that leaves the model as it is."""
 
+TELLING = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+TELLING += ("head_dim", "vocab_size", "max_position_embeddings", "architectures")
+"""Keys of a config.json that tell one model from another: what widths, layers and positions are checked by."""
+
 
 def model_shapes(job: Job) -> tuple[Model, Model]:
     """Student and teacher, with shapes for parameters.
@@ -44,6 +48,8 @@ def student_shapes(job: Job, source: Model, rank: int | None = None) -> Model:
     if convert.recipe == NO_CONVERSION:
         if convert.options:
             raise BadInput(f"convert.options={dict(convert.options)!r} of recipe 'none'; allowed: none")
+        if convert.layers != "all":
+            raise BadInput(f"convert.layers={list(convert.layers)} of recipe 'none'; allowed: \"all\"")
         return source
     if convert.recipe not in names():
         raise unknown("convert.recipe", convert.recipe, (*names(), NO_CONVERSION))
@@ -86,3 +92,22 @@ def model_config(model: str, shapes: str | None = None) -> Mapping[str, Any]:
     from kvx.models.zoo import resolve
 
     return read_checkpoint(resolve(model)).config
+
+
+def check_config(shapes: str | None, model: str, own: Mapping[str, Any], name: str) -> None:
+    """Refuse a config.json given for a model that is of another, where the model's own is at hand.
+
+    Args:
+        shapes: the file given; None: there is nothing to compare.
+        own: the config of the model's checkpoint.
+        name: of the setting.
+
+    Raises:
+        BadInput: the first of `TELLING` that both have and that differs.
+    """
+    if shapes is None:
+        return
+    given = model_config(model, shapes)
+    for key in TELLING:
+        if given.get(key) is not None and own.get(key) is not None and given[key] != own[key]:
+            raise BadInput(f"{name}={shapes!r} has {key}={given[key]!r}; allowed: {own[key]!r}, as {model!r} itself")

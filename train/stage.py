@@ -15,6 +15,10 @@ Remat = Literal["none", "dots", "full"]
 projections, attention's scores above all; or everything, so that only the layer's input is kept."""
 
 
+WEIGHTS = ("ce", "kl", "reverse_kl", "js", "hidden", "relation")
+"""Of a `LossSection`, those that weigh a loss of text."""
+
+
 @dataclass(frozen=True)
 class LossSection(Section):
     """Weights of the losses that are added (`kvx.train.losses`), each a mean per token.
@@ -43,8 +47,8 @@ class LossSection(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not any((self.ce, self.kl, self.reverse_kl, self.js, self.hidden, self.relation)):
-            raise BadInput("ce, kl, reverse_kl, js, hidden and relation are all 0; allowed: one of them above 0")
+        if not any(getattr(self, name) for name in WEIGHTS):
+            raise BadInput(f"{', '.join(WEIGHTS[:-1])} and {WEIGHTS[-1]} are all 0; allowed: one of them above 0")
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,23 @@ class StageSection(Section):
             raise BadInput(f"tokens={self.tokens} and steps={self.steps}; allowed: one of the two")
         if self.kind == "dpo" and self.steps is None:
             raise BadInput(f"tokens={self.tokens} of a dpo stage; allowed: steps")
+        self._check_loss()
         if self.batch % self.accumulate:
             raise BadInput(f"accumulate={self.accumulate}; allowed: a divisor of batch={self.batch}")
         try:
             re.compile(self.train)
         except re.error as error:
             raise BadInput(f"train={self.train!r}, which is no regular expression: {error}") from None
+
+    def _check_loss(self) -> None:
+        """Nothing is set that this kind of stage does not read."""
+        unread = ("beta",) if self.kind == "distill" else (*WEIGHTS, "temperature")
+        default = LossSection()
+        for name in unread:
+            value = getattr(self.loss, name)
+            if value != getattr(default, name):
+                read = "beta in a dpo stage" if self.kind == "distill" else "beta and chunk"
+                raise BadInput(f"loss.{name}={value} in a {self.kind} stage, which does not read it; allowed: {read}")
 
     def total_steps(self, sequence: int) -> int:
         """Steps of the optimizer.

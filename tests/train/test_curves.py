@@ -12,6 +12,8 @@ from kvx.errors import BadInput
 from kvx.train.convert.__main__ import app as convert_app
 from kvx.train.curve import folder_of
 from kvx.train.curves import app, collect
+from kvx.train.data import Encoding
+from kvx.train.data.tokenise import tokenise
 from tests import tiny
 from tests.train.tiny_runs import models, text
 
@@ -67,6 +69,9 @@ def shapes_only(tmp_path, monkeypatch) -> str:
     kvx.save(tiny.model(), None, tmp_path / "model")
     kvx.save(tiny.model(vocab_size=98), None, tmp_path / "other")
     np.save(tmp_path / "train.npy", text(90_000))
+    (tmp_path / "prose.txt").write_text("no ids, but an even number of bytes  " * 5000)
+    kept = Encoding(None, 1 << 17)  # a vocabulary for which ids are written as uint32
+    tokenise(np.array_split(text(90_000), 9), kept, tmp_path / "wide.bin")
     np.save(tmp_path / "late.npy", np.append(text(90_000), 97).astype(np.uint16))
     monkeypatch.setattr(kvx, "load", never)
     return str(tmp_path / "model")
@@ -80,6 +85,8 @@ def shapes_only(tmp_path, monkeypatch) -> str:
         (["--start", "{folder}/other"], "/other' has a vocabulary of 98; allowed: the source's 97"),
         (["--start", "{folder}"], "{folder}"),
         (["--length", "8192", "--batch", "8"], "length=8192; allowed: at most 4096, the model's positions"),
+        (["--train", "{folder}/prose.txt"], "/prose.txt is no file of token ids; allowed: .npy or .bin"),
+        (["--train", "{folder}/wide.bin"], "wide.bin.ends does not fit the 180000 tokens of wide.bin, read as uint16"),
         (["--held-out", "{folder}/late.npy"], "/late.npy has token id 97; allowed: 0 to 96, the vocabulary"),
     ],
 )
@@ -89,6 +96,15 @@ def test_what_a_later_curve_cannot_be_is_refused_before_weights_are_read(shapes_
     options = [each.replace("{folder}", str(tmp_path)) for each in options]
     found = CliRunner().invoke(app, [*command, *options]).exception
     assert isinstance(found, BadInput) and sentence.replace("{folder}", str(tmp_path)) in str(found)
+
+
+def test_ids_of_either_width_are_read_where_they_are_said_to_be(shapes_only, tmp_path):
+    texts = [part for name in ("train", "held-out") for part in (f"--{name}", f"{tmp_path}/wide.bin")]
+    command = [f"{tmp_path}/out", "--start", "none", "--model", shapes_only, "--calibration", "8", *texts]
+    found = CliRunner().invoke(app, [*command, "--tokens-dtype", "uint32"]).exception
+    assert "weights were read" in str(found), "all texts passed"
+    found = CliRunner().invoke(app, [*command, "--tokens-dtype", "int8"])
+    assert found.exit_code == 2 and "int8" in found.output
 
 
 @pytest.mark.parametrize("command", [["apply", "{recipe}", "{folder}/out"], ["compare", "gqa(1)", "{recipe}"]])

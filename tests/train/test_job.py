@@ -126,7 +126,7 @@ def test_a_job_survives_as_json(tmp_path):
         ("mesh.tensor=-1", "allowed: -1 for one axis at most"),
         ("data.pairs.prompt=2000", "prompt=2000; allowed: an integer below sequence=1024"),
         ("name='a/b'", "name='a/b'; allowed: letters, digits"),
-        ("seed=-1", "seed=-1; allowed: an integer of at least 0"),
+        ("seed=-1", "seed=-1; allowed: an integer of at least 0 and of at most 4294967295"),
         ("stages.1.batch=3", "'1' is no index of a list; allowed: 0 to 0"),
         ("name.sub=3", "'name' is no table"),
         ("name", "allowed: key.sub=value"),
@@ -180,7 +180,8 @@ def job(tmp_path) -> Path:
 
 def test_a_job_that_fits_its_model_passes(job):
     assert len(check_job(read_job(job)).blocks) == 4
-    check_job(read_job(job, ["convert.options.energy=0.9", "evaluate.policies=['latent_codes(bits=8)', 'knorm(0.5)']"]))
+    judged = [f"data.held_out=['{job.parent}/b.txt']", "evaluate.policies=['latent_codes(bits=8)', 'knorm(0.5)']"]
+    check_job(read_job(job, ["convert.options.energy=0.9", *judged]))
 
 
 @pytest.mark.parametrize(

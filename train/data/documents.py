@@ -16,8 +16,8 @@ from typing import Any
 from kvx.errors import BadInput
 from kvx.prose import prose
 from kvx.train.data.files import LINES, PYTHON_DOCS, TABLES, TOKENS, expand, suffix
-from kvx.train.data.tables import read_column
-from kvx.train.data.token_file import open_tokens
+from kvx.train.data.tables import Column, read_column
+from kvx.train.data.token_file import TokenFile, open_tokens
 
 Record = Any
 """A text, a list of messages, or a row of token ids."""
@@ -38,9 +38,23 @@ class Documents(Sequence[Record]):
         return self._ends[-1] if self._ends else 0
 
     @property
-    def first_of_files(self) -> list[Record]:
-        """What each file that is not empty begins with."""
-        return [part[0] for part in self._parts]
+    def tokens(self) -> int | None:
+        """How many ids all files hold; None: some hold text, which is not counted before it is read."""
+        files = [part for part in self._parts if isinstance(part, TokenFile)]
+        return sum(len(file.tokens) for file in files) if len(files) == len(self._parts) else None
+
+    @property
+    def first_chats(self) -> list[list[Any]]:
+        """The first conversation of each file that has one; any line of JSONL may be the first."""
+        found = (next((record for record in part if record and isinstance(record, list)), None) for part in self._chats)
+        return [chat for chat in found if chat is not None]
+
+    @property
+    def _chats(self) -> Iterator[Sequence[Record]]:
+        """Files with conversations, so far as their kind tells: a column of texts is not gone through."""
+        for part in self._parts:
+            if isinstance(part, list) or (isinstance(part, Column) and part.holds_lists):
+                yield part
 
     def __getitem__(self, index: int) -> Record:
         which = bisect_right(self._ends, index)

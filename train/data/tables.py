@@ -8,10 +8,15 @@ from kvx.errors import BadInput
 
 
 class Column(Sequence[str | list]):
-    """A column of an Arrow table, a row at a time."""
+    """A column of an Arrow table, a row at a time.
+
+    Attributes:
+        holds_lists: of messages, not texts.
+    """
 
     def __init__(self, column: Any):
         self._column = column
+        self.holds_lists = hasattr(column.type, "value_type")
 
     def __len__(self) -> int:
         return len(self._column)
@@ -60,7 +65,16 @@ def _check(path: Path, schema: Any, field: str, types: Any) -> None:
     if field not in schema.names:
         raise BadInput(f"{path} has the columns {sorted(schema.names)}; allowed: one of them is {field!r}")
     kind = schema.field(field).type
-    if not any(
-        is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_list, types.is_large_list)
-    ):
-        raise BadInput(f"{path}: {field!r} is of type {kind}; allowed: texts, or lists of messages")
+    if types.is_string(kind) or types.is_large_string(kind):
+        return
+    if not (types.is_list(kind) or types.is_large_list(kind)) or not _is_message(kind.value_type, types):
+        raise BadInput(
+            f"{path}: {field!r} is of type {kind}; allowed: texts, or lists of messages, which have role (a text) and "
+            "content"
+        )
+
+
+def _is_message(kind: Any, types: Any) -> bool:
+    names = [kind.field(index).name for index in range(kind.num_fields)] if types.is_struct(kind) else []
+    role = kind.field(names.index("role")).type if "role" in names and "content" in names else None
+    return role is not None and (types.is_string(role) or types.is_large_string(role))

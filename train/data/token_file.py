@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Integer
 
 from kvx.errors import BadInput
+from kvx.train.data.files import TOKENS, suffix
 
 DTYPES = tuple(map(np.dtype, (np.uint16, np.uint32, np.int32, np.int64)))
-
 
 BLOCK = 1 << 24
 """Ids that are looked at in one go."""
@@ -26,12 +26,15 @@ class TokenFile(Sequence[np.ndarray]):
         tokens: of all documents, one after the other.
         end: the token that ends each; None: it is one document.
         ends: how many tokens there are up to the end of each; None: the token tells.
+
+    Attributes:
+        tokens: as given.
     """
 
     def __init__(
         self, tokens: Integer[np.ndarray, "N"], end: int | None, ends: Integer[np.ndarray, "documents"] | None = None
     ):
-        self._tokens = tokens
+        self.tokens = tokens
         if ends is not None:
             self._ends = ends
             return
@@ -45,7 +48,7 @@ class TokenFile(Sequence[np.ndarray]):
 
     def __getitem__(self, index: int) -> Integer[np.ndarray, "N"]:
         start = self._ends[index - 1] if index else 0
-        return np.asarray(self._tokens[start : self._ends[index]])
+        return np.asarray(self.tokens[start : self._ends[index]])
 
 
 def ends_file(path: Path) -> Path:
@@ -54,18 +57,40 @@ def ends_file(path: Path) -> Path:
 
 
 def open_tokens(path: Path, dtype: str, end: int | None, vocabulary: int | None = None) -> TokenFile:
-    """The documents of a file.
+    """The documents of a file, mapped.
 
     Args:
-        dtype, vocabulary: as `map_tokens` has them.
+        path: .npy, of uint16, uint32, int32 or int64; or .bin, ids in the machine's byte order and nothing else.
+        dtype: of a .bin file.
         end: the token that ends a document, where no file beside it tells.
+        vocabulary: ids are below it, which one pass over the file makes sure of; None: they may be any.
 
     Raises:
-        BadInput: as `map_tokens`; ends that are not those of the file.
+        BadInput: a file of another kind, one that is damaged, or holds something else; ends that are not its own.
     """
-    tokens, beside = map_tokens(path, dtype, vocabulary), ends_file(path)
+    kind = suffix(path)
+    if kind not in TOKENS:
+        raise BadInput(f"{path} is no file of token ids; allowed: {' or '.join(TOKENS)}")
+    try:
+        tokens = np.load(path, mmap_mode="r") if kind == ".npy" else _raw(path, np.dtype(dtype))
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path} cannot be read as token ids: {str(error).splitlines()[0]}") from None
+    if tokens.ndim != 1 or tokens.dtype not in DTYPES:
+        raise BadInput(
+            f"{path} is of shape {tokens.shape} and dtype {tokens.dtype}; allowed: one row of uint16s or uint32s"
+        )
+    # Ends first: ids that are read in a dtype that is not theirs may well be outside the vocabulary.
+    ends = _ends(path, tokens)
+    if vocabulary is not None:
+        _check_ids(path, tokens, vocabulary)
+    return TokenFile(tokens, end, ends)
+
+
+def _ends(path: Path, tokens: Integer[np.ndarray, "N"]) -> Integer[np.ndarray, "documents"] | None:
+    """What the file beside it tells; None: there is none."""
+    beside = ends_file(path)
     if not beside.exists():
-        return TokenFile(tokens, end)
+        return None
     try:
         ends = np.load(beside)
     except (OSError, ValueError, EOFError) as error:
@@ -73,33 +98,10 @@ def open_tokens(path: Path, dtype: str, end: int | None, vocabulary: int | None 
     rises = ends.ndim == 1 and ends.dtype == np.int64 and bool(np.all(np.diff(ends, prepend=0) > 0))
     if not rises or (int(ends[-1]) if len(ends) else 0) != len(tokens):
         raise BadInput(
-            f"{beside} does not fit the {len(tokens)} tokens of {path.name}; allowed: what was written with it"
+            f"{beside} does not fit the {len(tokens)} tokens of {path.name}, read as {tokens.dtype}; allowed: what was "
+            "written with it, in the dtype that it was written in"
         )
-    return TokenFile(tokens, end, ends)
-
-
-def map_tokens(path: Path, dtype: str, vocabulary: int | None = None) -> Integer[np.ndarray, "N"]:
-    """The ids of a file, mapped.
-
-    Args:
-        path: .npy, of uint16, uint32, int32 or int64; or .bin, ids in the machine's byte order and nothing else.
-        dtype: of a .bin file.
-        vocabulary: ids are below it, which one pass over the file makes sure of; None: they may be any.
-
-    Raises:
-        BadInput: a file that is damaged, or holds something else.
-    """
-    try:
-        tokens = np.load(path, mmap_mode="r") if path.suffix.lower() == ".npy" else _raw(path, np.dtype(dtype))
-    except (OSError, ValueError, EOFError) as error:
-        raise BadInput(f"{path} cannot be read as token ids: {str(error).splitlines()[0]}") from None
-    if tokens.ndim != 1 or tokens.dtype not in DTYPES:
-        raise BadInput(
-            f"{path} is of shape {tokens.shape} and dtype {tokens.dtype}; allowed: one row of uint16s or uint32s"
-        )
-    if vocabulary is not None:
-        _check_ids(path, tokens, vocabulary)
-    return tokens
+    return ends
 
 
 def _check_ids(path: Path, tokens: Integer[np.ndarray, "N"], vocabulary: int) -> None:
