@@ -15,10 +15,10 @@ from rich.console import Console
 
 import kvx
 from kvx.destinations import replace_file
-from kvx.errors import BadInput
 from kvx.mesh import Placement
 from kvx.models.build import Model
 from kvx.train.batch import Batch
+from kvx.train.begun import check_begun, flat
 from kvx.train.data.stream import SAMPLED, fingerprint
 from kvx.train.interruption import Interruption
 from kvx.train.job import CheckpointSection, EvaluateSection
@@ -158,26 +158,11 @@ def _of(tokens: Integer[np.ndarray, "N"]) -> str:
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
     """Keep what a curve is begun with, and refuse to go on with anything else."""
-    now = _flat(json.loads(json.dumps(facts)))
     kept = folder / KEPT
     if kept.exists():
-        before = json.loads(kept.read_text())
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise BadInput(
-                    f"{name}={now.get(name)!r}, but the curve in {str(folder)!r} was begun with {before.get(name)!r}; "
-                    "allowed: the same, or another folder for all curves"
-                )
+        check_begun(kept, facts, f"the curve in {str(folder)!r}", "the same, or another folder for all curves")
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(kept, json.dumps(now, indent=1).encode())
-
-
-def _flat(facts: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Values by the paths that lead to them."""
-    found: dict[str, Any] = {}
-    for name, value in facts.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
-    return found
+    replace_file(kept, json.dumps(flat(facts), indent=1).encode())
 
 
 def _is_over(folder: Path, setting: Setting) -> bool:

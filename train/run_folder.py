@@ -9,6 +9,7 @@ import jax
 from kvx.destinations import make_folder, replace_file
 from kvx.errors import BadInput
 from kvx.section_file import table_from
+from kvx.train.begun import check_begun
 from kvx.train.job import Job
 from kvx.train.processes import agreed, meet
 
@@ -41,8 +42,8 @@ def check_folder(job: Job, resume: bool) -> None:
     """Refuse a folder that holds another run; to be asked by all processes, before anything is read or written.
 
     Raises:
-        BadInput: a model that no run left; a run without `resume`; another job than the one that is resumed, by the
-            first key that differs; a damaged record of it.
+        BadInput: a model that no run left; a run without `resume`, or the other way round; another job than the one
+            that is resumed, by the first key that differs; a damaged record of it.
     """
     agreed(lambda: _check(job, resume), f"output={job.output!r} is refused, as the first process says")
 
@@ -61,20 +62,13 @@ def _check(job: Job, resume: bool) -> int:
     if not kept.exists():
         if model.exists():
             raise BadInput(f"output={job.output!r} holds {model.name}/ of no run; allowed: another folder")
+        if resume:
+            raise BadInput(f"output={job.output!r} holds no run; allowed: no --resume, or the folder of a run")
         return 0
     if not resume:
         raise BadInput(f"output={job.output!r} holds a run; allowed: --resume, or another folder")
-    try:
-        before = _fixed(json.loads(kept.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"{kept} is damaged; allowed: the job as it was begun, or another folder") from None
-    now = _fixed(json.loads(json.dumps(table_from(job))))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise BadInput(
-                f"{key} is not what it was when {job.output!r} was begun (its {FILE}); allowed: changes of "
-                f"{', '.join(RESUMABLE)} and of a stage's {GENTLER}, or another folder"
-            )
+    rest = f"changes of {', '.join(RESUMABLE)} and of a stage's {GENTLER}, or another folder"
+    check_begun(kept, table_from(job), f"the run in {job.output!r}", rest, _fixed)
     return 0
 
 
