@@ -1,7 +1,9 @@
 """Where a run's numbers go: a progress bar, a JSONL file that a resumed run continues, and TensorBoard.
 
 A line of the file is an object with "step" and numbers: of every step its loss and terms, of every evaluation
-"held_out". Numbers are written so that reading them gives the same float32. Only the first process writes.
+"held_out". Numbers are written so that reading them gives the same float32. How fast it was (`SPEED`) stands beside
+them, and is never twice the same: the mean since the first step of this start, which compiles and has none. Only the
+first process writes.
 """
 
 import json
@@ -21,6 +23,9 @@ from kvx.errors import BadInput
 
 FILE = "metrics.jsonl"
 
+SPEED = ("tokens_per_second", "mfu")
+"""Tokens per second, and the share of the devices' peak that their operations are, where that is known."""
+
 
 class Metrics:
     """The numbers of one stage; a context that keeps its files open.
@@ -29,8 +34,8 @@ class Metrics:
         folder: for the file, and TensorBoard's beside it.
         total: steps of the stage.
         tokens: of a step, over all devices.
-        flops: of a token; None: MFU is not shown.
-        peak: operations per second of all devices; None: MFU is not shown.
+        flops: of a token; None: MFU is not known.
+        peak: operations per second of all devices; None: so too.
         console: of the bar; None: standard error.
         tensorboard: write its files too.
     """
@@ -91,13 +96,11 @@ class Metrics:
         seconds = time.perf_counter() - self._begun
         if step == self._first + 1:
             # The first step compiles; speed is measured from its end.
-            self._begun, speed = time.perf_counter(), None
+            self._begun, speed = time.perf_counter(), {}
         else:
-            speed = (step - self._first - 1) * self.tokens / seconds
-        self._write(step, {**numbers, "tokens_seen": step * self.tokens})
+            speed = self._speed((step - self._first - 1) * self.tokens / seconds)
+        self._write(step, {**numbers, "tokens_seen": step * self.tokens, **speed})
         self.bar.update(self._task, completed=step, description=self._text(numbers, speed))
-        if self._board is not None and speed is not None:
-            self._board.add_scalar("tokens_per_second", speed, step)
         if not self.bar.disable:
             return
         if self.writes and (step == self.total or _round(step)):
@@ -110,13 +113,14 @@ class Metrics:
             text = "  ".join(f"{name} {number:.4f}" for name, number in numbers.items())
             self.console.print(f"step {step}/{self.total}  {text}", highlight=False)
 
-    def _text(self, numbers: Mapping[str, float | int], speed: float | None) -> str:
-        parts = [f"loss {numbers['loss']:.4f}"]
-        if speed is not None:
-            parts.append(f"{speed:,.0f} tokens/s")
-            if self.share is not None:
-                parts.append(f"MFU {100 * speed * self.share:.1f} %")
-        return "  ".join(parts)
+    def _speed(self, tokens: float) -> dict[str, float]:
+        """By the names of `SPEED`, for so many tokens a second."""
+        known = (tokens,) if self.share is None else (tokens, tokens * self.share)
+        return dict(zip(SPEED, known, strict=False))
+
+    def _text(self, numbers: Mapping[str, float | int], speed: Mapping[str, float]) -> str:
+        forms = {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
+        return "  ".join([f"loss {numbers['loss']:.4f}", *(forms[name].format(speed[name]) for name in speed)])
 
     def _write(self, step: int, numbers: Mapping[str, float | int]) -> None:
         if self._file is not None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from kvx.train.flops import forward_flops, training_flops
-from kvx.train.metrics import FILE, Metrics, read
+from kvx.train.metrics import FILE, SPEED, Metrics, read
 from tests import tiny
 
 
@@ -32,6 +32,20 @@ def test_a_resumed_file_keeps_what_came_before_and_drops_what_is_done_again(tmp_
     assert [line for line in lines if "held_out" in line] == [{"step": 4, "held_out": 2.0}]
 
 
+@pytest.mark.parametrize("peak", [None, 1e6])
+def test_every_line_but_the_first_says_how_fast_it_was_and_mfu_where_the_peak_is_known(tmp_path, peak):
+    run = metrics(tmp_path, flops=3.0, peak=peak).open(0)
+    for step in (1, 2, 3):
+        run.step(step, {"loss": 1.0})
+    run.evaluation(3, {"held_out": 2.0})
+    run.close()
+    first, *others, judged = read(tmp_path / FILE)
+    assert not {*first, *judged} & {*SPEED}
+    for line in others:
+        assert line["tokens_per_second"] > 0
+        assert line.get("mfu") == (None if peak is None else pytest.approx(line["tokens_per_second"] * 3e-6))
+
+
 def test_a_run_that_begins_anew_begins_its_file_anew(tmp_path):
     for _ in range(2):
         run = metrics(tmp_path).open(0)
@@ -48,6 +62,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     run.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in events.read_bytes() and b"tokens_per_second" in events.read_bytes()
+    assert b"mfu" not in events.read_bytes(), "no peak is known"
 
 
 def test_where_there_is_no_terminal_lines_are_printed_at_round_steps(tmp_path, capsys):

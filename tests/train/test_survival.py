@@ -11,7 +11,7 @@ import pytest
 from kvx.errors import BadInput
 from kvx.train.interruption import Interruption
 from kvx.train.loop import Diverged
-from kvx.train.metrics import FILE, read
+from kvx.train.metrics import FILE, SPEED, read
 from tests.train.apart import ended, start_processes
 from tests.train.tiny_runs import Cliff, Squares, mesh, one_device, trainer
 
@@ -20,7 +20,8 @@ STEPS = 24
 
 def losses(folder):
     """Every step's numbers, but how fast it was."""
-    return [line for line in read(folder / FILE) if "loss" in line or "held_out" in line]
+    lines = [line for line in read(folder / FILE) if "loss" in line or "held_out" in line]
+    return [{name: number for name, number in line.items() if name not in SPEED} for line in lines]
 
 
 def process(folder, *options):
