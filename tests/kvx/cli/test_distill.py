@@ -119,6 +119,8 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(folder, capsys):
         (["data.sequence=1024"], "data.held_out holds "),
         (["data.held_out=['{folder}/late.npy']"], "late.npy has token id 98; allowed: 0 to 97, the vocabulary"),
         (["data.held_out=['{folder}/valid.jsonl', '{folder}/chat.jsonl']"], "the model has no chat template"),
+        (["data.train=['{folder}/mixed.jsonl']"], "the model has no chat template"),
+        (["--resume"], "/run' holds no run; allowed: no --resume"),
         (
             ["data.held_out=['python-docs/second-half']", "evaluate.passkey=1", "evaluate.passkey_length=4090"],
             "tokens with the answer; allowed: at most 4096, the model's positions",
@@ -130,6 +132,7 @@ def test_what_cannot_run_is_refused_in_one_line_with_status_2(folder, capsys, ar
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "foreign" / "model").mkdir(parents=True, exist_ok=True)
     np.save(folder / "late.npy", np.array([*range(98), 98], np.uint16))
+    (folder / "mixed.jsonl").write_text('{"text": "a"}\n{"text": [{"role": "user", "content": "a"}]}\n')
     (folder / "chat.jsonl").write_text('{"text": [{"role": "user", "content": "a"}]}\n')
     if not (folder / "other").exists():
         config = {**CONFIG, "num_hidden_layers": 2}
@@ -153,7 +156,7 @@ def test_a_job_trains_resumes_and_saves_what_kvx_loads(folder, capsys, monkeypat
     status, _, err = call(capsys, job)
     assert status == 2 and "holds a run; allowed: --resume" in err
     status, _, err = call(capsys, job, "--resume", "seed=1")
-    assert status == 2 and "seed is not what it was" in err
+    assert status == 2 and "seed=1, but the run in " in err and "begun with 0; allowed: changes of mesh" in err
     with monkeypatch.context() as patch:
         patch.setattr(start, "converted", None)  # a resumed run has its student from the checkpoint
         status, out, _ = call(capsys, job, "--resume", "--json", "checkpoint.every=3")
