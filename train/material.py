@@ -21,6 +21,9 @@ from kvx.train.shapes import check_config
 TOGETHER = 4
 """Rows of a calibration batch."""
 
+COUNTED = 1 << 19
+"""Characters of training text, at most, whose tokens are counted; about a second's work."""
+
 HIDING = 2_000_000
 """Characters of held-out text, at least, that passkeys are hidden in, if there are as many."""
 
@@ -45,6 +48,23 @@ class Material:
     held_out: Documents
     pairs: Sequence[dict[str, str]]
     prompts: Sequence[Any] = ()
+
+    def tokens(self) -> int | None:
+        """How many the training text has; None: it is text of more characters than are made into tokens to know that.
+
+        Raises:
+            BadInput: a document that cannot be made into tokens.
+        """
+        if (known := self.train.tokens) is not None:
+            return known
+        found, characters = 0, 0
+        for index in range(len(self.train)):
+            document = self.train[index]
+            characters += len(document) if isinstance(document, np.ndarray) else len(str(document))
+            if characters > COUNTED:
+                return None
+            found += len(self.encoding(document))
+        return found
 
     def batches(self, stage: int, share: int = 0, shares: int = 1) -> Stream:
         """Endless batches of a stage, each stage in an order of its own.

@@ -19,12 +19,13 @@ from kvx.train.shapes import stand_in, student_shapes
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage: its kind, optimizer steps, tokens in all, and tokens of a step."""
+    """One stage: its kind, optimizer steps, tokens in all, tokens of a step, and epochs of its text where known."""
 
     kind: str
     steps: int
     tokens: int
     tokens_of_a_step: int
+    epochs: float | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Plan:
         output: folder of the run.
         mesh: devices along each axis.
         documents, held_out, pairs: how many there are.
+        tokens: of the documents; None: more text than is made into tokens for a plan.
         stages: in order.
     """
 
@@ -54,6 +56,7 @@ class Plan:
     documents: int
     held_out: int
     pairs: int
+    tokens: int | None
     stages: tuple[PlannedStage, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -68,9 +71,12 @@ class Plan:
         after = "as the ranks will be" if self.after is None else f"{self.after:,} ({self.after / self.before:.1%})"
         table.add_row("latent attention", f"{len(self.layers)} layers")
         table.add_row("cache bytes a token", f"{self.before:,} before, {after} after")
-        table.add_row("text", f"{self.documents:,} documents, {self.held_out:,} held out, {self.pairs:,} pairs")
+        known = "too much text to count tokens" if self.tokens is None else f"{self.tokens:,} tokens"
+        text = f"{self.documents:,} documents ({known}), {self.held_out:,} held out, {self.pairs:,} pairs"
+        table.add_row("text", text)
         for index, stage in enumerate(self.stages):
             steps = f"{stage.steps:,} steps of {stage.tokens_of_a_step:,} tokens, {stage.tokens:,} in all"
+            steps += "" if stage.epochs is None else f", {stage.epochs:,.2f} epochs"
             table.add_row(f"stage {index}, {stage.kind}", steps)
         table.add_row("mesh", " x ".join(f"{axis} {size}" for axis, size in self.mesh.items()))
         table.add_row("output", self.output)
@@ -86,6 +92,7 @@ def plan_job(job: Job, resume: bool = False) -> Plan:
     source = check_job(job)
     check_folder(job, resume)
     material = read_material(job, source)
+    tokens = material.tokens()
     student = student_shapes(job, source, stand_in(job))
     try:
         after = _bytes(student_shapes(job, source))
@@ -105,7 +112,8 @@ def plan_job(job: Job, resume: bool = False) -> Plan:
         documents=len(material.train),
         held_out=len(material.held_out),
         pairs=len(material.pairs),
-        stages=tuple(_planned(job, index) for index in range(len(job.stages))),
+        tokens=tokens,
+        stages=tuple(_planned(job, index, tokens, len(material.pairs)) for index in range(len(job.stages))),
     )
 
 
@@ -113,8 +121,10 @@ def _bytes(model: Model) -> int:
     return 4 * sum(cached_elements(model, layer) for layer in range(len(model.blocks)))
 
 
-def _planned(job: Job, index: int) -> PlannedStage:
+def _planned(job: Job, index: int, tokens: int | None, pairs: int) -> PlannedStage:
     stage = job.stages[index]
     row = job.data.sequence if stage.kind == "distill" else 2 * job.data.pairs.sequence
     steps = stage.total_steps(job.data.sequence)
-    return PlannedStage(stage.kind, steps, steps * stage.batch * row, stage.batch * row)
+    read, there = (steps * stage.batch, pairs) if stage.kind == "dpo" else (steps * stage.batch * row, tokens)
+    epochs = read / there if there else None
+    return PlannedStage(stage.kind, steps, steps * stage.batch * row, stage.batch * row, epochs)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import kvx
@@ -12,7 +13,7 @@ from kvx.errors import BadInput
 from kvx.models.build import abstract_model
 from kvx.train.job import MOST_CALIBRATION, ConvertSection, DataSection, EvaluateSection, Job, TeacherSection
 from kvx.train.job_checks import check_paths, check_schedules
-from kvx.train.material import read_material
+from kvx.train.material import COUNTED, read_material
 from kvx.train.shapes import check_config, student_shapes
 from kvx.train.stage import LossSection, StageSection
 from tests import tiny
@@ -21,8 +22,8 @@ from tests.train.letters import letters
 
 def job(**changes: Any) -> Job:
     """One of 48 steps that converts nothing."""
-    stages = (StageSection(steps=48),)
-    return Job("a", "model", **{"stages": stages, "convert": ConvertSection("none"), **changes})
+    default = {"name": "a", "model": "model", "stages": (StageSection(steps=48),), "convert": ConvertSection("none")}
+    return Job(**{**default, **changes})
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,16 @@ def test_what_checks_a_job_is_compared_with_its_checkpoints(source, tmp_path):
     for changes in ({"shapes": other}, {"teacher": TeacherSection(made.model, other)}):
         with pytest.raises(BadInput, match=r"shapes='.*other\.json' has num_hidden_layers=30; allowed: 1, as "):
             read_material(replace(made, **changes), model)
+
+
+def test_tokens_of_little_text_are_counted_and_those_of_much_are_not_known(source, tmp_path):
+    made, model = source
+    assert read_material(made, model).tokens() == len("text") + 2  # its begin and its end
+    np.save(tmp_path / "b.npy", np.arange(9, dtype=np.uint16))
+    both = replace(made.data, train=(*made.data.train, str(tmp_path / "b.npy")))
+    assert read_material(replace(made, data=both), model).tokens() == len("text") + 2 + 9
+    (tmp_path / "a.txt").write_text("a" * (COUNTED + 1))
+    assert read_material(made, model).tokens() is None
 
 
 def test_documents_end_with_a_token_that_there_is(source):

@@ -98,6 +98,9 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(folder, capsys):
     assert status == 0 and not (folder / "dry").exists()
     assert [stage["steps"] for stage in plan["stages"]] == [12, 2]
     assert plan["documents"] == 40 and plan["pairs"] == 40 and plan["mesh"]["data"] == 8
+    texts = [json.loads(line)["text"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert plan["tokens"] == sum(map(len, texts)) + 2 * 40
+    assert [stage["epochs"] for stage in plan["stages"]] == [12 * 8 * 32 / plan["tokens"], 2 * 8 / 40]
     assert plan["stages"][0]["tokens_of_a_step"] == 8 * 32
     status, out, _ = call(capsys, folder / "job.toml", "--dry-run")
     assert status == 0 and "transmla(rank=48" in out
