@@ -160,12 +160,12 @@ class Unsteady:
 
     Attributes:
         rotary: channels of the rotary key.
-        fade: give the other pairs their mean turn; otherwise none, as in the published splits.
+        mean_phase: turn the other pairs by it; otherwise not at all, as the published splits do.
         attended: count each key by the attention that it gets; otherwise all alike.
     """
 
     rotary: int
-    fade: bool = True
+    mean_phase: bool = True
     attended: bool = True
     reads_text = True
 
@@ -188,7 +188,7 @@ class Unsteady:
         components = principal_components(source, keys, weights, phases=True)
         rotated = np.zeros(len(components.gain), bool)
         rotated[np.argsort(-components.gain, kind="stable")[: self.rotary // 2]] = True
-        return components.split(source, rotated, turns if self.fade else 1.0)
+        return components.split(source, rotated, turns if self.mean_phase else 1.0)
 
 
 LEAST_WEIGHT = 1e-6

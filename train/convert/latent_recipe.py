@@ -14,7 +14,7 @@ from kvx.models.build import Model, abstract_model
 from kvx.models.latent_layers import SECTION, LatentLayer, latent_layers, section
 from kvx.models.mla import LatentConfig
 from kvx.models.upcycle import LatentWeights, with_latent_attention
-from kvx.train.convert.assemble import assemble, query_rows
+from kvx.train.convert.assemble import assemble
 from kvx.train.convert.factorisation import Decomposition, Factors, Weighing, joint
 from kvx.train.convert.moments import Moments
 from kvx.train.convert.query_latent import Direct, QueryRule
@@ -81,8 +81,7 @@ class Recipe:
         widths = self.split.widths(spec.kv_heads, spec.key_dim)
         rows, columns = (widths.rows, spec.kv_heads * spec.value_dim), width + 1
         most = min(sum(rows), columns) if self.factorise is joint else sum(min(each, columns) for each in rows)
-        key = widths.content + self.split.rotary // widths.blocks
-        rank, query_rank = self.ranks.known(most), self.queries.known(min(spec.heads * key, columns))
+        rank, query_rank = self.ranks.known(most), self.queries.known(min(spec.heads * spec.key_dim, columns))
         latent_queries = self.queries != DIRECT
         if stand_in is None and (rank is None or (latent_queries and query_rank is None)):
             raise BadInput(
@@ -107,16 +106,17 @@ class Recipe:
         Raises:
             BadInput: layers that do not exist, widths that they do not have, or no moments where they are needed.
         """
-        layers = chosen_layers(self.layers, len(model.blocks))
-        if moments is not None and len(moments) != len(model.blocks):
-            raise BadInput(f"moments has {len(moments)} layers; allowed: {len(model.blocks)}, the model's")
+        count = len(model.blocks)
+        layers = chosen_layers(self.layers, count)
+        if moments is not None and len(moments) != count:
+            raise BadInput(f"moments has {len(moments)} layers; allowed: {count}, the model's")
         known = [None if moments is None else moments[layer] for layer in layers]
         sources = [read_source(model, layer) for layer in layers]
         splits = [self.split(*each) for each in zip(sources, known, strict=True)]
         found = [self._decomposed(*each) for each in zip(sources, splits, known, strict=True)]
-        ranks = self.ranks([each.spectrum for each in found])
+        ranks = self.ranks([each.spectrum for each in found], layers, count)
         factors = [each.at(rank, self.singular) for each, rank in zip(found, ranks, strict=True)]
-        queries = self.queries([query_rows(split) for split in splits], known)
+        queries = self.queries(sources, splits, known, layers, count)
         norms = [self._gain(*each) for each in zip(factors, known, strict=True)]
         latent = [assemble(*each) for each in zip(sources, splits, factors, queries, norms, strict=True)]
         converted = with_latent_attention(model, dict(zip(layers, latent, strict=True)))

@@ -19,8 +19,14 @@ class Ranks(Protocol):
         """What every layer gets, whatever its weights; None: they tell. Raises BadInput for more than `most`."""
         ...
 
-    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
-        """One rank for each layer's spectrum, singular values in the order in which they are kept."""
+    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]], layers: Sequence[int], count: int) -> tuple[int, ...]:
+        """One rank for each layer's spectrum.
+
+        Args:
+            spectra: singular values in the order in which they are kept.
+            layers: the converted layers' indices in the model, one for each spectrum.
+            count: layers of the model, those that stay included.
+        """
         ...
 
 
@@ -39,7 +45,7 @@ class Fixed:
         """The rank."""
         return _within(self.rank, most, self.name)
 
-    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
+    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]], layers: Sequence[int], count: int) -> tuple[int, ...]:
         """As many as there are layers."""
         return (self.rank,) * len(spectra)
 
@@ -47,62 +53,61 @@ class Fixed:
 @dataclass(frozen=True)
 class Energy:
     """As many channels as keep a share of the energy (X-EcoMLA, Li et al. 2025): #{k : e_k <= share}, at least 1,
-    rounded up to a multiple; e_k is the energy of the first k. That is one less than the smallest k to reach the share.
+    rounded up to a multiple of 8; e_k is the energy of the first k. That is one less than the smallest k to reach the
+    share.
 
     Attributes:
         share: of the squared singular values, 0 to 1.
-        ends: rank of the first and the last layer, whatever their energy; None: as the others.
-        multiple: what ranks are rounded up to.
-        name: of the setting, for refusals.
+        ends: rank of the model's first and last layer, whatever their energy; None: as the others.
+        name: of `ends` as a setting, for refusals.
+        share_name: of `share`.
     """
 
     share: float
     ends: int | None = None
-    multiple: int = 8
     name: str = "rank"
+    share_name: str = "share"
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
-            raise BadInput(f"share={self.share} is out of range; allowed: above 0, up to 1")
+            raise BadInput(f"{self.share_name}={self.share} is out of range; allowed: above 0, up to 1")
 
     def known(self, most: int) -> None:
         """Of the ends alone."""
         if self.ends is not None:
             _within(self.ends, most, self.name)
 
-    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
+    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]], layers: Sequence[int], count: int) -> tuple[int, ...]:
         """At most what the spectrum has without zeros."""
-        ranks = [self._one(spectrum) for spectrum in spectra]
-        if self.ends is not None:
-            ranks[0] = ranks[-1] = self.ends
-        return tuple(ranks)
+        return tuple(
+            self.ends if self.ends is not None and layer in (0, count - 1) else self._one(spectrum)
+            for layer, spectrum in zip(layers, spectra, strict=True)
+        )
 
     def _one(self, spectrum: Float[np.ndarray, "_"]) -> int:
         # Beyond these, only rounding tells singular values from zero, and e_k from 1.
         real = int(np.sum(spectrum > 1e-12 * spectrum[0]))
         energy = np.cumsum(spectrum[:real] ** 2)
         count = max(1, int(np.sum(energy <= self.share * energy[-1] * (1 + 1e-12))))
-        return min(rounded_up(count, self.multiple), real)
+        return min(rounded_up(count, 8), real)
 
 
 @dataclass(frozen=True)
 class Budget:
     """One total for all layers: each run of `multiple` channels goes to the layer where it saves the most energy.
 
-    Spectra have to be in a common unit; by default each layer's energy counts as its own share.
+    Each layer's energy counts as its own share.
 
     Attributes:
         mean: channels a layer, on average; the total is conserved.
         least: of every layer.
         multiple: what ranks are multiples of.
-        relative: divide each layer's energy by its total first.
         name: of `mean` as a setting, for refusals.
     """
 
     mean: int
     least: int = 8
     multiple: int = 8
-    relative: bool = True
     name: str = "mean"
 
     def __post_init__(self):
@@ -117,10 +122,10 @@ class Budget:
         """Not before the spectra are."""
         _within(self.mean, most, self.name)
 
-    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]]) -> tuple[int, ...]:
+    def __call__(self, spectra: Sequence[Float[np.ndarray, "_"]], layers: Sequence[int], count: int) -> tuple[int, ...]:
         """Raises BadInput if all layers together have less."""
         ranks = [self.least] * len(spectra)
-        energies = [spectrum**2 / (np.sum(spectrum**2) if self.relative else 1) for spectrum in spectra]
+        energies = [spectrum**2 / np.sum(spectrum**2) for spectrum in spectra]
         heap = [(-self._next(energy, self.least), self.least, layer) for layer, energy in enumerate(energies)]
         heapq.heapify(heap)
         for _ in range((self.mean - self.least) * len(spectra) // self.multiple):

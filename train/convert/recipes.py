@@ -21,7 +21,7 @@ from kvx.train.convert.fewer_heads import FewerHeads
 from kvx.train.convert.latent_recipe import Recipe
 from kvx.train.convert.query_latent import Direct, QueryLatent, QueryRule
 from kvx.train.convert.ranks import Budget, Energy, Fixed, Ranks, rounded_up
-from kvx.train.convert.rotary_split import ChosenPairs, SharedMean
+from kvx.train.convert.rotary_split import ChosenPairs, SharedMean, Split
 from kvx.train.convert.weighing import ByActivations, ByEffect, ByWeights
 
 Layers = Literal["all"] | tuple[int, ...]
@@ -91,7 +91,7 @@ def x_ecomla(
     projection more by sqrt(g), and the up projection less. What `train/RESULTS.md` reports began from this start.
 
     Args:
-        rank: latent channels; with `energy`, of the first and the last layer.
+        rank: latent channels; with `energy`, of the model's first and last layer.
         rotary: channels of the rotary key.
         query_rank: channels of the query latent, rounded up to a multiple of 8; None: no query latent. The paper's
             keeps the attention's number of parameters (400 for SmolLM-135M at rank 16).
@@ -106,10 +106,12 @@ def x_ecomla(
     if query_rank is not None:
         fixed = rounded_up(_positive(query_rank, "query_rank"), 8)
         name = "query_rank"
-        queries = QueryLatent(Fixed(fixed, name) if query_energy is None else Energy(query_energy, fixed, name=name))
+        queries = QueryLatent(
+            Fixed(fixed, name) if query_energy is None else Energy(query_energy, fixed, name, "query_energy")
+        )
     elif query_energy is not None:
         raise BadInput(f"query_energy={query_energy} without query_rank; allowed: both, since the ends' rank is fixed")
-    ranks: Ranks = Fixed(rank) if energy is None else Energy(energy, ends=rank)
+    ranks: Ranks = Fixed(rank) if energy is None else Energy(energy, rank, share_name="energy")
     return Recipe(
         SharedMean(rotary), ByWeights(), ranks, _factorisation(factorisation), _side(singular), queries, layers, norm
     )
@@ -169,8 +171,19 @@ def transmla(
 
 
 @named
-def by_effect(rank: int, rotary: int, layers: Layers = "all", norm: bool = False, spread: bool = False) -> Recipe:
+def by_effect(
+    rank: int,
+    rotary: int,
+    layers: Layers = "all",
+    norm: bool = False,
+    spread: bool = False,
+    attended: bool = True,
+    mean_phase: bool = True,
+    fold: int | None = None,
+) -> Recipe:
     """Our own start: rotation where phases vary under attention, and a latent for the errors that reach the output.
+
+    The last three take it apart, to see what each does.
 
     Args:
         rank: latent channels, on average over layers if they are `spread`.
@@ -178,9 +191,15 @@ def by_effect(rank: int, rotary: int, layers: Layers = "all", norm: bool = False
         layers: "all" or indices.
         norm: RMS norm on the latent.
         spread: give each layer the rank at which all lose about the same share.
+        attended: count each token by the attention that it gets; otherwise all alike.
+        mean_phase: pairs that stay unrotated turn by their mean phase; otherwise not at all.
+        fold: TransMLA's rotary split instead, of so many neighbouring frequencies; None: ours.
     """
+    if fold is not None and not mean_phase:
+        raise BadInput(f"mean_phase=False with fold={fold}; allowed: one of the two, that split has no mean phases")
+    split: Split = Unsteady(rotary, mean_phase, attended) if fold is None else Concentrated(rotary, fold)
     ranks: Ranks = Budget(rank, name="rank") if spread else Fixed(rank)
-    return Recipe(Unsteady(rotary), ByEffect(), ranks, joint, "split", layers=layers, norm=norm)
+    return Recipe(split, ByEffect(attended), ranks, joint, "split", layers=layers, norm=norm)
 
 
 @named

@@ -33,11 +33,9 @@ class ByActivations:
     rho = mean_j ||k_j|| / (alpha mean_j ||v_j||), norms of channels over all tokens; keys are divided by it.
 
     Attributes:
-        balanced: divide keys by rho.
         alpha: how large balanced keys are beside values.
     """
 
-    balanced: bool = True
     alpha: float = 1.0
     reads_text = True
 
@@ -48,7 +46,7 @@ class ByActivations:
     def __call__(self, source: Source, split: RotarySplit, moments: Moments | None) -> Metric:
         """Raises BadInput without moments."""
         inputs = needed(moments, "a factorisation by activations").inputs
-        if not self.balanced or not len(split.content_key):
+        if not len(split.content_key):
             return Metric(inputs=inputs)
         values = source.value.reshape(-1, source.value.shape[-1])
         rho = np.mean(_norms(split.content_key, inputs)) / (self.alpha * np.mean(_norms(values, inputs)))
@@ -66,11 +64,9 @@ class ByEffect:
     and what all values share goes to the output's bias.
 
     Attributes:
-        centred: about the mean; otherwise the latent spends a channel on it.
         attended: count each token by the attention that it gets, as the sums over j of p_ij do; otherwise all alike.
     """
 
-    centred: bool = True
     attended: bool = True
     reads_text = True
 
@@ -88,8 +84,6 @@ class ByEffect:
         values[index, :, index] = np.einsum("grve,grwe->gvw", grouped, grouped)
         values = values.reshape(source.kv_heads * width, -1)
         inputs = moments.attended if self.attended else moments.inputs
-        if not self.centred:
-            return Metric(keys, values, inputs)
         return Metric(keys, values, about_mean(inputs), inputs[:, -1])
 
 

@@ -109,7 +109,7 @@ def test_repeating_heads_changes_sizes_and_nothing_else():
     expected = np.repeat(heads, source.group, axis=1).reshape(len(copies), -1) / np.sqrt(source.group)
     np.testing.assert_allclose(np.abs(copies[:, :count]), np.abs(expected[:, :count]), atol=1e-6)
     for share in (0.3, 0.7, 0.95):
-        assert Energy(share)([spectrum]) == Energy(share)([repeated])
+        assert Energy(share)([spectrum], (1,), 3) == Energy(share)([repeated], (1,), 3)
 
 
 @pytest.mark.parametrize("side", ["down", "up", "split"])
