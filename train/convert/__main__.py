@@ -1,8 +1,8 @@
-"""Convert a model and save it, or compare conversions before training: python -m kvx.train.convert --help."""
+"""Convert a model and save it, compare conversions, or export one to DeepSeek's format: python -m kvx.train.convert."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import typer
@@ -22,6 +22,7 @@ from kvx.train.shapes import model_config
 Source = Annotated[str, typer.Option("--model", help="A zoo name, a Hugging Face directory, or a .gguf file.")]
 Text = Annotated[str, typer.Option(help="Text to calibrate on: a file or folder, as a job's data.train.")]
 Rows = Annotated[int, typer.Option(help="Windows of text to calibrate on.", min=1)]
+Width = Literal["bfloat16", "float32"]
 Length = Annotated[int, typer.Option(help="Tokens of a window.", min=2)]
 
 
@@ -44,9 +45,7 @@ def apply(
     chosen = recipe_for(_shapes(model), recipe)
     if chosen.reads_text and text is None:
         raise BadInput(f"text=None, but {recipe} reads text; allowed: a file of it")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"out={str(out)!r} is in the way; allowed: a new directory, or an empty one")
-    make_folder(out.absolute().parent, "out")
+    _check_out(out)
     read = None if text is None else open_documents([text], "text")
     enable_compilation_cache()
     source, tokenizer = kvx.load(model)
@@ -86,11 +85,13 @@ def compare(
     moments = None
     if any(each.reads_text for each in chosen):
         moments = _moments(source, tokenizer, read, calibration, length)
-    table = Table("conversion", "cache", "bytes a token", "perplexity")
+    dtype = str(source.embedding.table.dtype)
+    table = Table("conversion", "cache", f"bytes a token, {dtype}", "perplexity")
 
     def add(name: str, share: float, size: int, found: float) -> None:
         if as_json:
-            print(json.dumps({"recipe": name, "share": share, "bytes": size, "perplexity": found}), flush=True)
+            row = {"recipe": name, "share": share, "bytes": size, "dtype": dtype, "perplexity": found}
+            print(json.dumps(row), flush=True)
         table.add_row(name, f"{share:.1%}", str(size), f"{found:.2f}")
 
     base = perplexity(source, judged)
@@ -101,6 +102,31 @@ def compare(
         add(each.text, report.after / report.before, report.after, perplexity(converted, judged))
     if not as_json:
         Console().print(table)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A model whose layers all have latent attention: a job's model/.")],
+    out: Annotated[Path, typer.Argument(help="A new directory, which transformers loads as DeepseekV3ForCausalLM.")],
+    dtype: Annotated[Width, typer.Option(help="Of the weights.")] = "bfloat16",
+) -> None:
+    """Write a converted model as a DeepSeek-V3, which other libraries run; what that cannot hold is refused.
+
+    Example:
+
+        python -m kvx.train.convert export runs/by_effect_smollm2_135m/model smollm-deepseek
+    """
+    from kvx.models.deepseek import save_deepseek
+
+    _check_out(out)
+    source, tokenizer = kvx.load(model, dtype=jnp.dtype(dtype))
+    save_deepseek(source, tokenizer, out)
+
+
+def _check_out(out: Path) -> None:
+    """A directory can be written there, which is new or empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"out={str(out)!r} is in the way; allowed: a new directory, or an empty one")
+    make_folder(out.absolute().parent, "out")
 
 
 def _shapes(model: str) -> Model:
@@ -114,7 +140,7 @@ def _moments(source: Any, tokenizer: Any, text: Documents, count: int, length: i
     return measure_moments(source, [rows[start : start + 8] for start in range(0, len(rows), 8)])
 
 
-app = program(apply, compare)
+app = program(apply, compare, export)
 
 if __name__ == "__main__":
     run(app, "python -m kvx.train.convert")
