@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from rich.table import Table
 
 from kvx.errors import BadInput
@@ -35,8 +36,9 @@ class Plan:
     Attributes:
         name, model, teacher, recipe: as the job has them.
         layers: those with latent attention once converted.
-        before, after: cache bytes for each token in float32, of the source and of the student; None: ranks that follow
-            from weights.
+        dtype: of the saved model, hence of what its cache holds.
+        before, after: cache bytes for each token in that dtype, of the source's attention and of the student's; None:
+            ranks that follow from weights.
         output: folder of the run.
         mesh: devices along each axis.
         documents, held_out, pairs: how many there are.
@@ -49,6 +51,7 @@ class Plan:
     teacher: str
     recipe: str
     layers: tuple[int, ...]
+    dtype: str
     before: int
     after: int | None
     output: str
@@ -70,7 +73,7 @@ class Plan:
         table.add_row("conversion", self.recipe)
         after = "as the ranks will be" if self.after is None else f"{self.after:,} ({self.after / self.before:.1%})"
         table.add_row("latent attention", f"{len(self.layers)} layers")
-        table.add_row("cache bytes a token", f"{self.before:,} before, {after} after")
+        table.add_row(f"cache bytes a token, {self.dtype}", f"{self.before:,} before, {after} after")
         known = "too much text to count tokens" if self.tokens is None else f"{self.tokens:,} tokens"
         text = f"{self.documents:,} documents ({known}), {self.held_out:,} held out, {self.pairs:,} pairs"
         table.add_row("text", text)
@@ -95,7 +98,7 @@ def plan_job(job: Job, resume: bool = False) -> Plan:
     tokens = material.tokens()
     student = student_shapes(job, source, stand_in(job))
     try:
-        after = _bytes(student_shapes(job, source))
+        after = cache_bytes(student_shapes(job, source), job.saved_dtype)
     except BadInput:
         after = None
     options = ", ".join(f"{name}={value}" for name, value in job.convert.options.items())
@@ -105,7 +108,8 @@ def plan_job(job: Job, resume: bool = False) -> Plan:
         teacher=job.teacher.model or job.model,
         recipe=f"{job.convert.recipe}({options})",
         layers=converted_layers(student) or (),
-        before=_bytes(source),
+        dtype=job.saved_dtype,
+        before=cache_bytes(source, job.saved_dtype),
         after=after,
         output=str(job.output),
         mesh=dict(make_placement(job.mesh).mesh.shape),
@@ -117,8 +121,9 @@ def plan_job(job: Job, resume: bool = False) -> Plan:
     )
 
 
-def _bytes(model: Model) -> int:
-    return 4 * sum(cached_elements(model, layer) for layer in range(len(model.blocks)))
+def cache_bytes(model: Model, dtype: str) -> int:
+    """What a token takes in the cache of all layers, by shapes alone."""
+    return jnp.dtype(dtype).itemsize * sum(cached_elements(model, layer) for layer in range(len(model.blocks)))
 
 
 def _planned(job: Job, index: int, tokens: int | None, pairs: int) -> PlannedStage:

@@ -28,7 +28,7 @@ from kvx.train.metrics import FILE, read
 from kvx.train.objective import needs_teacher, objective
 from kvx.train.parameters import Frame, cast, converted_layers
 from kvx.train.run_folder import check_folder, claim, run_folder, saved_model, stage_folder
-from kvx.train.start import KEY, Sizes, start
+from kvx.train.start import KEY, start
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Result:
         name: of the job.
         folder: of the run.
         finished: False: told to stop before it was saved and judged; it waits to be resumed.
-        before, after: cache bytes for each token, of the source and of the student; None: nothing was converted.
+        conversion: `kvx.train.convert.report.Report.as_json`, which conversion.json in the folder holds too; None:
+            nothing was converted.
         steps: taken, stage by stage.
         held_out: loss of the student before the first step and after the last, nats per token; empty: none was taken.
         teacher: its held-out loss.
@@ -50,8 +51,7 @@ class Result:
     name: str
     folder: str
     finished: bool
-    before: int | None
-    after: int | None
+    conversion: Mapping[str, Any] | None
     steps: tuple[int, ...]
     held_out: tuple[float, ...] = ()
     teacher: float | None = None
@@ -67,8 +67,9 @@ class Result:
         table = Table(title=f"{self.name}: {self._end()}", title_justify="left")
         table.add_column("")
         table.add_column("", justify="right")
-        if self.before is not None and self.after is not None:
-            table.add_row("cache bytes a token", f"{self.after} of {self.before}, {self.after / self.before:.1%}")
+        if self.conversion is not None:
+            before, after, dtype = (self.conversion[key] for key in ("before", "after", "dtype"))
+            table.add_row(f"cache bytes a token, {dtype}", f"{after} of {before}, {after / before:.1%}")
         for name, loss in zip(("held-out perplexity at first", "at last"), self.held_out, strict=False):
             table.add_row(name, f"{math.exp(loss):.2f}")
         if self.teacher is not None:
@@ -123,15 +124,15 @@ def run_job(
             if stopped:
                 break
     held_out, guide = _losses(job)
-    sizes: Sizes = (facts["sizes"][0], facts["sizes"][1])
+    told = facts.get("conversion")
     if stopped:
-        return Result(job.name, str(folder), False, *sizes, tuple(steps), held_out, guide)
+        return Result(job.name, str(folder), False, told, tuple(steps), held_out, guide)
     student = gathered(student, job.saved_dtype)
     verdicts: tuple[Verdict, ...] = ()
     if jax.process_index() == 0:
         _save(student, material)
         verdicts = judge(on_devices(student), material, shown)
-    return Result(job.name, str(folder), True, *sizes, tuple(steps), held_out, guide, verdicts, str(saved_model(job)))
+    return Result(job.name, str(folder), True, told, tuple(steps), held_out, guide, verdicts, str(saved_model(job)))
 
 
 def gathered(student: Model, dtype: str) -> Model:

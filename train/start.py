@@ -1,20 +1,23 @@
 """The student as a run begins: converted from its source, or, where checkpoints hold its weights, only its shapes."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from kvx.destinations import replace_file
 from kvx.models.build import Model, abstract_model, config_from_model
 from kvx.train.checkpoints import Checkpoints
 from kvx.train.convert import Report, convert, measure_moments, recipe
 from kvx.train.material import Material
-from kvx.train.run_folder import stage_folder
+from kvx.train.run_folder import run_folder, stage_folder
 from kvx.train.shapes import NO_CONVERSION, recipe_options
 
-Sizes = tuple[int | None, int | None]
-"""Cache bytes for each token, of the source and of the student; None: nothing was converted."""
+FILE = "conversion.json"
+"""The report of the conversion, in the run's folder."""
 
 KEY = "start"
 """Of a checkpoint's facts: what the student is, whose widths may follow from weights and texts."""
@@ -36,14 +39,15 @@ def start(source: Model, material: Material, resume: bool, console: Console) -> 
         if facts is not None and KEY in facts:
             return abstract_model(facts[KEY]["config"], jnp.float32), facts[KEY]
     student, report = converted(source, material)
+    told = None if report is None else report.as_json()
     if report is not None and jax.process_index() == 0:
         console.print(report)
-    sizes: Sizes = (None, None) if report is None else (report.before, report.after)
-    return student, {"config": config_from_model(student), "sizes": sizes}
+        replace_file(run_folder(job) / FILE, json.dumps(told, indent=2).encode())
+    return student, {"config": config_from_model(student), "conversion": told}
 
 
 def converted(source: Model, material: Material) -> tuple[Model, Report | None]:
-    """The student before its training, and what its conversion did."""
+    """The student before its training, and what its conversion did, in bytes of the model that will be saved."""
     job = material.job
     if job.convert.recipe == NO_CONVERSION:
         return source, None
@@ -51,4 +55,5 @@ def converted(source: Model, material: Material) -> tuple[Model, Report | None]:
     # The source lies in the host's memory; the arithmetic over texts is for what is fast.
     device = jax.local_devices()[0]
     moments = measure_moments(source, material.calibration(), device=device) if chosen.reads_text else None
-    return convert(source, chosen, moments)
+    student, report = convert(source, chosen, moments)
+    return student, replace(report, dtype=job.saved_dtype)

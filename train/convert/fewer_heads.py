@@ -86,7 +86,7 @@ class FewerHeads:
         placement = placement_of(model)
         if placement is not None:
             changed = place_model(changed, placement.mesh, placement.rules)
-        return changed, Report(self.text, tuple(lines), np.dtype(model.embedding.table.dtype).itemsize)
+        return changed, Report(self.text, tuple(lines), np.dtype(model.embedding.table.dtype).name)
 
     def _pooled(self, source: Source, moments: Moments | None) -> tuple[Source, float]:
         """The layer with fewer heads, and the share of its keys' and values' energy that is kept."""

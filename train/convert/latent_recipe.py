@@ -162,4 +162,4 @@ def _report(
             lines.append(Converted(layer, "latent", config.rank, config.rotary, kept, before, config.cached))
         else:
             lines.append(Converted(layer, "kept", None, block.rotary.width, 1.0, before, before))
-    return Report(text, tuple(lines), np.dtype(model.embedding.table.dtype).itemsize)
+    return Report(text, tuple(lines), np.dtype(model.embedding.table.dtype).name)

@@ -1,7 +1,9 @@
 """The report of a conversion: what became of each layer, and the bytes that a token takes before and after."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import jax.numpy as jnp
 from rich.table import Table
 
 from kvx.decoder import Decoder
@@ -36,12 +38,17 @@ class Report:
     Attributes:
         recipe: its name and parameters.
         layers: converted ones, and those that stayed.
-        itemsize: bytes of a cached number.
+        dtype: of a cached number; the model's own, unless it is to be saved in another.
     """
 
     recipe: str
     layers: tuple[Converted, ...]
-    itemsize: int
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a cached number."""
+        return jnp.dtype(self.dtype).itemsize
 
     @property
     def before(self) -> int:
@@ -53,12 +60,25 @@ class Report:
         """Of the converted model."""
         return self.itemsize * sum(layer.after for layer in self.layers)
 
+    def as_json(self) -> dict[str, Any]:
+        """Every layer, sizes in bytes for each token; and the sums."""
+        layers = [
+            asdict(each) | {"before": self.itemsize * each.before, "after": self.itemsize * each.after}
+            for each in self.layers
+        ]
+        return {
+            "recipe": self.recipe,
+            "dtype": self.dtype,
+            "before": self.before,
+            "after": self.after,
+            "layers": layers,
+        }
+
     def __rich__(self) -> Table:
         """A line for each layer, and the sums."""
         share = f"{self.after / self.before:.1%}"
-        table = Table(
-            "layer", "rank", "rotary", "energy kept", "bytes before", "after", title=self.recipe, show_footer=True
-        )
+        before = f"{self.dtype} bytes before"
+        table = Table("layer", "rank", "rotary", "energy kept", before, "after", title=self.recipe, show_footer=True)
         for column, text in zip(table.columns, ("", "", "", share, str(self.before), str(self.after)), strict=True):
             column.footer, column.justify = text, "right"
         for each in self.layers:

@@ -102,8 +102,10 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(folder, capsys):
     assert plan["tokens"] == sum(map(len, texts)) + 2 * 40
     assert [stage["epochs"] for stage in plan["stages"]] == [12 * 8 * 32 / plan["tokens"], 2 * 8 / 40]
     assert plan["stages"][0]["tokens_of_a_step"] == 8 * 32
-    status, out, _ = call(capsys, folder / "job.toml", "--dry-run")
-    assert status == 0 and "transmla(rank=48" in out
+    assert (plan["before"], plan["after"], plan["dtype"]) == (2 * 4 * 2 * 2 * 32, 2 * 4 * (48 + 16), "float32")
+    status, out, _ = call(capsys, folder / "job.toml", "--dry-run", "saved_dtype=bfloat16")
+    assert status == 0 and "transmla(rank=48" in out and "token, bfloat16" in out
+    assert f"{2 * 2 * 2 * 2 * 32} before, {2 * 2 * (48 + 16)} (50.0%) after" in out
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,10 @@ def test_a_job_trains_resumes_and_saves_what_kvx_loads(folder, capsys, monkeypat
         status, out, _ = call(capsys, job, "--resume", "--json", "checkpoint.every=3")
     result = json.loads(out)
     assert status == 0 and result["finished"] and result["steps"] == [12, 2]
-    assert result["after"] == 2 * 4 * (48 + 16) and result["before"] == 2 * 4 * 2 * 2 * 32
+    told = result["conversion"]
+    assert told["after"] == 2 * 4 * (48 + 16) and told["before"] == 2 * 4 * 2 * 2 * 32 and told["dtype"] == "float32"
+    assert [(each["rank"], each["after"]) for each in told["layers"]] == [(48, 4 * (48 + 16))] * 2
+    assert json.loads((folder / "run" / "conversion.json").read_text()) == told, "the stopped run wrote it"
     first, last = result["held_out"]
     assert last < first  # it learns
     assert [each["policy"] for each in result["verdicts"]] == ["full", "streaming_llm(budget=16)"]
@@ -229,7 +234,7 @@ def test_attention_alone_is_trained_where_some_layers_are_converted(folder, caps
 def test_fewer_heads_are_trained_as_any_conversion_is(folder, capsys):
     rows = ["convert.recipe=gqa", "convert.layers=all", "convert.options={kv_heads=1}"]
     result, source, student = finished(capsys, folder, "grouped", "", *rows)
-    assert result["before"] == 2 * result["after"]
+    assert result["conversion"]["before"] == 2 * result["conversion"]["after"]
     assert [block.spec.kv_heads for block in student.blocks] == [1, 1]
     pooled, _ = recipe("gqa", kv_heads=1)(source)
     kernels = [each.blocks[0].attention.qkv.kernel[...] for each in (pooled, student)]
