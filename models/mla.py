@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kvx.decoder import AttentionSpec
 from kvx.errors import BadInput
@@ -188,9 +188,8 @@ class LatentAttention(nnx.Module):
             q = self.q_b(low if self.q_norm is None else self.q_norm(low))
         rotary = q[..., c.content :]
         if c.blocks > 1:
-            mine = np.arange(c.heads)[:, None] // (c.heads // c.blocks) == np.arange(c.blocks)
             halves = rotary.reshape(*rotary.shape[:3], 2, 1, c.block // 2)
-            rotary = jnp.where(mine[:, None, :, None], halves, 0).reshape(*rotary.shape[:3], c.rotary)
+            rotary = jnp.where(_read_blocks(c), halves, 0).reshape(*rotary.shape[:3], c.rotary)
         return rotary, q[..., : c.content]
 
     def row(self, x: Float[Array, "B T E"]) -> tuple[Float[Array, "B T P"], Float[Array, "B T R"]]:
@@ -261,14 +260,19 @@ class ExpandedLatent:
         c = self.latent.config
         if c.blocks == 1:
             return rotated
-        mine = np.arange(c.heads)[:, None] // (c.heads // c.blocks) == np.arange(c.blocks)
         blocks = rotated[..., : c.rotary].reshape(*rotated.shape[:3], 2, c.blocks, c.block // 2)
-        block = jnp.sum(jnp.where(mine[:, None, :, None], blocks, 0), axis=-2)
+        block = jnp.sum(jnp.where(_read_blocks(c), blocks, 0), axis=-2)
         return jnp.concatenate([block.reshape(*rotated.shape[:3], c.block), rotated[..., c.rotary :]], axis=-1)
 
     def output(self, out: Float[Array, "B T H V"], dtype: DTypeLike) -> Float[Array, "B T E"]:
         """What the layer adds to the residual stream, in `dtype`, from every head's attention output."""
         return self.latent.out(out.reshape(*out.shape[:2], -1).astype(dtype))
+
+
+def _read_blocks(config: LatentConfig) -> Bool[np.ndarray, "H 1 N 1"]:
+    """Which of the rotary key's N blocks each head reads, before (2, N, pairs of a block)."""
+    mine = np.arange(config.heads)[:, None] // (config.heads // config.blocks) == np.arange(config.blocks)
+    return mine[:, None, :, None]
 
 
 def _file_order(plain: int, rotary: int) -> np.ndarray:
