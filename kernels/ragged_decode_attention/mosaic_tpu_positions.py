@@ -110,7 +110,7 @@ class Positions:
 
 
 def _whole(slots: int) -> int:
-    return -(-slots // LANES) * LANES
+    return slots + -slots % LANES
 
 
 def _tiled(lines: int) -> int:
