@@ -66,10 +66,10 @@ class ConvertSection(Section):
 
 @dataclass(frozen=True)
 class PairsSection(Section):
-    """Preferences for DPO: JSONL of prompt, chosen, rejected.
+    """Preferences for DPO: prompt, chosen and rejected, each a text or a list of messages.
 
     Attributes:
-        train: files, or folders of them.
+        train: JSONL (.gz too), Parquet or Arrow files, or folders of them.
         sequence: tokens of a prompt with its answer; a longer answer is cut.
         prompt: tokens of a prompt; of a longer one the last.
     """

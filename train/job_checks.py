@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import kvx
 from kvx.errors import BadInput
 from kvx.models.build import Model, abstract_model
-from kvx.train.data.files import LINES, expand
+from kvx.train.data.files import expand
+from kvx.train.data.pairs import PREFERENCES
 from kvx.train.job import EvaluateSection, Job
 from kvx.train.mesh import check_batch, make_placement
 from kvx.train.metrics import check_tensorboard
@@ -140,7 +141,7 @@ def check_paths(job: Job) -> None:
         if both := sorted(train & held_out):
             raise BadInput(f"data.held_out has {str(both[0])!r}, which is in data.train; allowed: other files")
     if any(stage.kind == "dpo" for stage in job.stages):
-        expand(job.data.pairs.train, "data.pairs.train", LINES)
+        expand(job.data.pairs.train, "data.pairs.train", PREFERENCES)
     if job.evaluate.passkey and not job.data.held_out:
         raise BadInput(f"evaluate.passkey={job.evaluate.passkey} without data.held_out; allowed: 0, or text to hide in")
     if job.evaluate.policies not in ((), EvaluateSection().policies) and not job.data.held_out:

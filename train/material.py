@@ -13,6 +13,7 @@ from kvx.models.tokenizer import Tokenizer
 from kvx.train.batch import Batch
 from kvx.train.data import Encoding, Stream, held_out_batches, open_documents, open_pairs, pair_batches, text_batches
 from kvx.train.data.documents import Documents
+from kvx.train.data.pairs import Pair
 from kvx.train.job import Job
 from kvx.train.material_checks import check_pieces, check_room, check_row
 from kvx.train.recall import passkeys, prompts
@@ -46,7 +47,7 @@ class Material:
     encoding: Encoding
     train: Documents
     held_out: Documents
-    pairs: Sequence[dict[str, str]]
+    pairs: Sequence[Pair]
     prompts: Sequence[Any] = ()
 
     def tokens(self) -> int | None:

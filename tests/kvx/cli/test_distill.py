@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
@@ -106,6 +108,15 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(folder, capsys):
     status, out, _ = call(capsys, folder / "job.toml", "--dry-run", "saved_dtype=bfloat16")
     assert status == 0 and "transmla(rank=48" in out and "token, bfloat16" in out
     assert f"{2 * 2 * 2 * 2 * 32} before, {2 * 2 * (48 + 16)} (50.0%) after" in out
+
+
+def test_preferences_may_be_tables_of_messages(folder, tmp_path, capsys):
+    """As UltraFeedback is distributed."""
+    said = [[{"role": "user", "content": "say ab"}, {"role": "assistant", "content": text}] for text in ("abab", "ba")]
+    pq.write_table(pa.table({"chosen": [said[0]] * 16, "rejected": [said[1]] * 16}), tmp_path / "pairs.parquet")
+    row = f'data.pairs.train=["{tmp_path}/pairs.parquet"]'
+    status, out, error = call(capsys, folder / "job.toml", "--dry-run", "--json", f"output={tmp_path}/dry", row)
+    assert status == 0 and json.loads(out)["pairs"] == 16, error
 
 
 @pytest.mark.parametrize(
